@@ -1,0 +1,1 @@
+"""The lab models that ship with the project: recipe, weights, cards."""
