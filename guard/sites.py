@@ -1,8 +1,8 @@
 """Where a site sits: the linear layer whose *input* is read, by name, in each supported architecture.
 
 A site is one such layer: ``mlp`` is the input of ``down_proj`` (one unit a neuron), ``attention`` the input
-of ``o_proj`` (one unit a head, ``head_dim`` columns each). transformers and vLLM use the same module names for
-the layouts listed here; vLLM splits the input by columns over tensor-parallel ranks.
+of ``o_proj`` (one unit a head, ``head_dim`` columns each). transformers and vLLM use the same module names
+for the layouts listed here; vLLM splits the input by columns over tensor-parallel ranks.
 """
 
 from __future__ import annotations

@@ -1,0 +1,77 @@
+"""A model on disk: its sizes, its digests, and how transformers loads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from guard.bundle import ModelCard
+from guard.digest import tokenizer_digest, weights_digest
+from guard.sites import ModelShape, UnsupportedArchitectureError, shape_of
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+class CheckpointError(ValueError):
+    """A directory does not hold a model that the guard can read."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A local Hugging Face checkpoint, identified by its content."""
+
+    path: Path
+    name: str
+    shape: ModelShape
+    context: int
+    """Longest sequence the model was made for, in tokens."""
+    weights_sha256: str
+    tokenizer_sha256: str
+
+    @classmethod
+    def open(cls, path: str | Path, name: str | None = None) -> Checkpoint:
+        """Read configuration and digests; no weights are loaded. Raises CheckpointError."""
+        root = Path(path)
+        if not (root / "config.json").is_file():
+            raise CheckpointError(f"{root} holds no config.json; expected a local Hugging Face checkpoint")
+        try:
+            config = AutoConfig.from_pretrained(root, local_files_only=True)
+            shape = shape_of(config)
+            weights, tokenizer = weights_digest(root), tokenizer_digest(root)
+        except (OSError, ValueError, UnsupportedArchitectureError) as error:
+            raise CheckpointError(f"cannot use {root}: {error}") from error
+        return cls(
+            root, name or root.resolve().name, shape, int(config.max_position_embeddings), weights, tokenizer
+        )
+
+    def card(self) -> ModelCard:
+        """How a bundle names this model."""
+        return ModelCard(
+            name=self.name,
+            **self.shape._asdict(),
+            weights_sha256=self.weights_sha256,
+            tokenizer_sha256=self.tokenizer_sha256,
+        )
+
+    def load_model(self, dtype: str = "float32", device: str = "cpu") -> Any:
+        """The model for reading: no gradients, no dropout. Only safetensors files are opened."""
+        model = AutoModelForCausalLM.from_pretrained(
+            self.path, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True
+        )
+        return model.requires_grad_(False).eval().to(device)
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer with its chat template. Raises CheckpointError when there is no template."""
+        tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+        if not tokenizer.chat_template:
+            raise CheckpointError(f"the tokenizer of {self.path} has no chat template; the guard needs one")
+        return tokenizer

@@ -1,0 +1,108 @@
+"""What every process of a guarded engine knows about its guard, and how it gets there.
+
+Configuration that is part of *what is computed* travels in vLLM's ``additional_config`` (which enters the
+compile-cache key); what differs from start to start, and the path to the signing keys, travels in the
+environment, because vLLM prints ``additional_config``. The keys themselves are only ever in their file.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from guard.bundle import Bundle, BundleError
+from guard.digest import tokenizer_digest, weights_digest
+from guard.engine.errors import GuardStartupError
+from guard.sealed import KeyFileError, Keyring
+from guard.sites import UnsupportedArchitectureError, shape_of
+from guard.verdict import Decision
+
+CONFIG_KEY = "neuronguard"
+EXTRA_ARG = "neuronguard_directive"
+"""Where the API server leaves a sealed directive for the scheduler in ``SamplingParams.extra_args``."""
+KEY_FILE_ENV = "NEURONGUARD_KEY_FILE"
+AUDIENCE_ENV = "NEURONGUARD_AUDIENCE"
+DEFAULT_AUDIENCE = "engine"
+
+
+class GuardConfig(BaseModel):
+    """The guard's entry in ``additional_config``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bundle: str
+    """Directory of the bundle."""
+    bundle_sha256: str
+    """Digest the bundle must have: no process can read another one than the launcher checked."""
+    default: Decision
+    """Applied to requests without a directive."""
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> GuardConfig:
+        """Read it back from a ``VllmConfig``. Raises GuardStartupError."""
+        entry = (vllm_config.additional_config or {}).get(CONFIG_KEY)
+        if entry is None:
+            raise GuardStartupError(
+                f"the guard's worker or scheduler runs without additional_config[{CONFIG_KEY!r}]; "
+                "start the engine with: python -m guard.engine"
+            )
+        try:
+            return cls.model_validate(entry)
+        except ValidationError as error:
+            raise GuardStartupError(f"additional_config[{CONFIG_KEY!r}] is not valid: {error}") from error
+
+    @classmethod
+    def for_bundle(cls, directory: str, bundle: Bundle, default: Decision | None = None) -> GuardConfig:
+        """The entry for a loaded bundle; ``default`` is the bundle's own default decision if None."""
+        return cls(
+            bundle=os.path.abspath(directory),
+            bundle_sha256=bundle.digest,
+            default=default or bundle.card.default_decision,
+        )
+
+    def entry(self) -> dict[str, Any]:
+        """What goes into ``additional_config``."""
+        return {CONFIG_KEY: self.model_dump(mode="json")}
+
+    def load_bundle(self) -> Bundle:
+        """Load the bundle and check that it is the one meant. Raises GuardStartupError."""
+        try:
+            bundle = Bundle.load(self.bundle)
+        except BundleError as error:
+            raise GuardStartupError(str(error)) from error
+        if bundle.digest != self.bundle_sha256:
+            raise GuardStartupError(
+                f"the bundle in {self.bundle} has changed: its digest is {bundle.digest}, "
+                f"expected {self.bundle_sha256}"
+            )
+        return bundle
+
+
+def verify_served_model(bundle: Bundle, directory: str, tokenizer: str, hf_config: Any) -> None:
+    """Refuse a bundle that was not fitted on the checkpoint in ``directory``. Raises GuardStartupError."""
+    try:
+        bundle.verify_model(
+            shape=shape_of(hf_config),
+            weights_sha256=weights_digest(directory),
+            tokenizer_sha256=tokenizer_digest(tokenizer),
+        )
+    except (BundleError, UnsupportedArchitectureError, FileNotFoundError) as error:
+        raise GuardStartupError(str(error)) from error
+
+
+def keyring_from_env() -> Keyring | None:
+    """The signing keys, or None when no key file is named: then every directive is refused."""
+    path = os.environ.get(KEY_FILE_ENV)
+    if not path:
+        return None
+    try:
+        return Keyring.load(path)
+    except KeyFileError as error:
+        raise GuardStartupError(str(error)) from error
+
+
+def audience_from_env() -> str:
+    """This engine's name in directives; the launcher makes a fresh one for every start."""
+    return os.environ.get(AUDIENCE_ENV, DEFAULT_AUDIENCE)

@@ -1,0 +1,132 @@
+"""Start a guarded vLLM API server: ``python -m guard.engine --model … --bundle … [vLLM's own flags]``.
+
+The launcher checks everything that can be checked before weights are loaded, sets the extension points that
+the guard needs, and hands over to vLLM's own server. Errors end in one sentence on stderr and exit status 2;
+a failed self-test ends in exit status 3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import sys
+from pathlib import Path
+from typing import Any
+
+from guard.bundle import Bundle, BundleError
+from guard.engine import compat
+from guard.engine.config import AUDIENCE_ENV, KEY_FILE_ENV, GuardConfig, keyring_from_env, verify_served_model
+from guard.engine.errors import GuardStartupError
+from guard.verdict import Decision, Rule
+
+WORKER = "guard.engine.worker.GuardWorker"
+SCHEDULER = "guard.engine.scheduler.GuardScheduler"
+MIDDLEWARE = "guard.engine.frontend.GuardMiddleware"
+
+
+def environment() -> None:
+    """Settings that must be in place before vLLM is imported."""
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ[AUDIENCE_ENV] = os.environ.get(AUDIENCE_ENV) or f"engine-{secrets.token_hex(8)}"
+
+
+def guard_arguments() -> argparse.ArgumentParser:
+    """The guard's own flags."""
+    parser = argparse.ArgumentParser(prog="python -m guard.engine", add_help=False)
+    group = parser.add_argument_group("guard")
+    group.add_argument("--bundle", required=True, help="directory of the bundle fitted on this model")
+    group.add_argument("--key-file", help="keys shared with the gateway (kid:hex a line); none: no gateway")
+    group.add_argument("--guard-mode", choices=("enforce", "observe"), default="enforce",
+                       help="what happens to requests that carry no directive")  # fmt: skip
+    group.add_argument("--guard-fpr", type=float, help="operating point for them, by false-positive rate")
+    return parser
+
+
+def guard_config(options: argparse.Namespace, bundle: Bundle) -> GuardConfig:
+    """The guard's configuration from its flags. Raises GuardStartupError."""
+    card = bundle.card
+    rate = card.default_false_positive_rate if options.guard_fpr is None else options.guard_fpr
+    try:
+        above = card.threshold(rate).probability
+    except ValueError as error:
+        raise GuardStartupError(f"--guard-fpr: {error}") from error
+    default = Decision(
+        policy="engine-default", mode=options.guard_mode, rules=(Rule(above=above, action="refuse"),)
+    )
+    return GuardConfig.for_bundle(options.bundle, bundle, default)
+
+
+def engine_arguments(options: argparse.Namespace, rest: list[str]) -> argparse.Namespace:
+    """vLLM's own arguments with the guard's extension points set. Raises GuardStartupError."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser(parents=[guard_arguments()], conflict_handler="resolve"))
+    args = parser.parse_args(["--bundle", options.bundle, *rest])
+    for flag, default in (("worker_cls", "auto"), ("scheduler_cls", None)):
+        if getattr(args, flag) not in (default, None):
+            raise GuardStartupError(f"--{flag.replace('_', '-')} is the guard's own; remove it")
+    try:
+        bundle = Bundle.load(options.bundle)
+    except BundleError as error:
+        raise GuardStartupError(str(error)) from error
+    args.model = args.model_tag or args.model if hasattr(args, "model_tag") else args.model
+    if not Path(args.model).is_dir():
+        raise GuardStartupError(
+            f"--model {args.model}: expected a local directory, whose weights the guard can verify "
+            "(download the checkpoint first, for example with: hf download)"
+        )
+    _verify(bundle, args)
+    args.worker_cls = WORKER
+    args.scheduler_cls = SCHEDULER
+    args.middleware = [*args.middleware, MIDDLEWARE]
+    args.additional_config = {**(args.additional_config or {}), **guard_config(options, bundle).entry()}
+    args.enforce_eager = True
+    args.async_scheduling = False
+    validate_parsed_serve_args(args)
+    return args
+
+
+def _verify(bundle: Bundle, args: Any) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(args.model, local_files_only=True)
+    verify_served_model(bundle, args.model, args.tokenizer or args.model, config)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the server until it is told to stop; returns the exit status."""
+    options, rest = guard_arguments().parse_known_args(arguments)
+    if options.key_file:
+        os.environ[KEY_FILE_ENV] = options.key_file
+    environment()
+    try:
+        keyring_from_env()
+        compat.check()
+        args = engine_arguments(options, rest)
+    except GuardStartupError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return _serve(args)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    import uvloop
+    from vllm.entrypoints.launchers.api_server.entry import run_server
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+
+    from guard.engine.frontend import SELF_TEST_FAILED
+
+    cli_env_setup()
+    configure_logging_from_args(args)
+    try:
+        uvloop.run(run_server(args))
+    except KeyboardInterrupt:
+        return 0
+    if SELF_TEST_FAILED.is_set():
+        sys.stderr.write("error: the guard's self-test failed; see the log above\n")
+        return 3
+    return 0

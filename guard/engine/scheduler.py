@@ -1,0 +1,190 @@
+"""``scheduler_cls``: turns scores into verdicts before any token leaves the engine.
+
+A token leaves the engine only through ``Scheduler.update_from_output`` (vllm/v1/core/sched/scheduler.py). A
+request that must not be answered has its sampled token taken out of the runner's output before the base class
+sees it: the base then emits nothing, advances no grammar and keeps the request running, and it is finished
+here. ``min_tokens``, ``ignore_eos``, stop strings and structured output never come into play.
+
+The verdict rides on the request's first output, in ``kv_transfer_params``, which the API-server process takes
+out again (``guard.engine.frontend``). Cost for a step without a final prompt token: one set intersection.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.outputs import LogprobsLists
+from vllm.v1.request import Request, RequestStatus
+
+from guard.engine import compat
+from guard.engine.config import (
+    CONFIG_KEY,
+    EXTRA_ARG,
+    GuardConfig,
+    audience_from_env,
+    keyring_from_env,
+    verify_served_model,
+)
+from guard.engine.ledger import STOPPING, Ledger
+from guard.engine.support import refuse_unsupported
+from guard.engine.worker import LOGITS_ATTRIBUTE
+from guard.verdict import Verdict
+
+REFUSED_STOP_REASON = "guard:refused"
+"""``stop_reason`` for clients that talk to vLLM directly. Informative only: clients can forge it."""
+
+
+class GuardScheduler(Scheduler):
+    """vLLM's scheduler with a verdict between the sampled token and the client."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        compat.check()
+        refuse_unsupported(self.vllm_config)
+        config, model = GuardConfig.of(self.vllm_config), self.vllm_config.model_config
+        bundle = config.load_bundle()
+        verify_served_model(bundle, model.model, model.tokenizer, model.hf_text_config)
+        self.ledger = Ledger(
+            bundle.card,
+            bundle=bundle.digest,
+            dtype=str(model.dtype).removeprefix("torch."),
+            default=config.default,
+            keys=keyring_from_env(),
+            audience=audience_from_env(),
+        )
+
+    def add_request(self, request: Request) -> None:
+        """Enter the request in the ledger, then schedule it."""
+        if request.request_id not in self.requests:
+            extra = request.sampling_params.extra_args if request.sampling_params else None
+            self.ledger.open(
+                request.request_id,
+                prompt=request.prompt_token_ids,
+                prompt_tokens=request.num_prompt_tokens,
+                directive=extra.get(EXTRA_ARG) if extra else None,
+                denied=_denial(request),
+            )
+        super().add_request(request)
+
+    def update_from_output(
+        self, scheduler_output: Any, model_runner_output: Any
+    ) -> dict[int, EngineCoreOutputs]:
+        """Judge the requests whose prompt ended in this step; silence those that must not speak."""
+        if self.ledger.unjudged.isdisjoint(scheduler_output.num_scheduled_tokens):
+            return super().update_from_output(scheduler_output, model_runner_output)
+        verdicts = self._judge(scheduler_output, model_runner_output)
+        stopped = [rid for rid, verdict in verdicts.items() if verdict.action in STOPPING]
+        for rid in stopped:
+            _silence(model_runner_output, rid)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for engine_outputs in outputs.values():
+            for output in engine_outputs.outputs:
+                if (verdict := verdicts.get(output.request_id)) is not None:
+                    output.kv_transfer_params = _carry(verdict, output.kv_transfer_params)
+        for rid in stopped:
+            if (request := self.requests.get(rid)) is not None:
+                self._stop(request, verdicts[rid], outputs)
+        return outputs
+
+    def _judge(self, scheduler_output: Any, model_runner_output: Any) -> dict[str, Verdict]:
+        """Verdicts of this step, by request id."""
+        logits: dict[str, float] = getattr(model_runner_output, LOGITS_ATTRIBUTE, {})
+        tokens, row = model_runner_output.sampled_token_ids, model_runner_output.req_id_to_index
+        verdicts = {}
+        for rid in self.ledger.unjudged.intersection(scheduler_output.num_scheduled_tokens):
+            request = self.requests.get(rid)
+            if request is None or request.is_finished():
+                continue
+            if request.num_stale_output_tokens > 0 and request.drop_stale_output:
+                continue  # the base class discards this output whole
+            logit = logits.get(rid)
+            if logit is None and not (tokens and len(tokens[row[rid]])):
+                continue  # a chunk before the last: neither score nor token
+            verdicts[rid] = self.ledger.judge(rid, logit)
+        return verdicts
+
+    def _stop(self, request: Request, verdict: Verdict, outputs: dict[int, EngineCoreOutputs]) -> None:
+        """Finish a request that shows no token, and say so to its client."""
+        error = verdict.action == "error"
+        stats = request.take_prefill_stats()
+        if stats is not None:
+            stats.finalize(self.kv_cache_manager.estimate_cached_tokens(request))
+        if not error:
+            request.stop_reason = REFUSED_STOP_REASON
+        self.finish_requests(
+            request.request_id, RequestStatus.FINISHED_ERROR if error else RequestStatus.FINISHED_STOPPED
+        )
+        tokens, logprobs = ([], None) if error else _stream_sentinel(request)
+        output = EngineCoreOutput(
+            request_id=request.request_id,
+            new_token_ids=tokens,
+            new_logprobs=logprobs,
+            finish_reason=request.get_finished_reason(),
+            stop_reason=request.stop_reason,
+            events=request.take_events(),
+            kv_transfer_params=_carry(verdict, None),
+            trace_headers=request.trace_headers,
+            prefill_stats=stats,
+        )
+        # Not appended in place: the list of a default EngineCoreOutputs is shared.
+        mine = outputs.setdefault(request.client_index, EngineCoreOutputs())
+        mine.outputs = [*mine.outputs, output]
+
+    def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
+        """The one exit of every request: finished, refused, aborted or failed.
+
+        The verdict rides on the last output too: it is the only one that the offline ``LLM`` class returns.
+        """
+        verdict = self.ledger.close(request.request_id)
+        params, encoder_params = super()._free_request(request, delay_free_blocks=delay_free_blocks)
+        return (_carry(verdict, params) if verdict else params), encoder_params
+
+
+def _denial(request: Request) -> str | None:
+    """Why a kind of request is failed closed, or None."""
+    if request.sampling_params is None:
+        return "pooling_request"
+    if request.resumable:
+        return "streaming_input"
+    if request.prompt_token_ids is None or request.prompt_embeds is not None:
+        return "prompt_embeddings"
+    if request.lora_request is not None:
+        return "lora"
+    return "multimodal" if request.mm_features else None
+
+
+def _silence(model_runner_output: Any, request_id: str) -> None:
+    index = model_runner_output.req_id_to_index[request_id]
+    if model_runner_output.sampled_token_ids:
+        model_runner_output.sampled_token_ids[index] = []
+    # The base class asserts that a request without output has no prompt logprobs either.
+    model_runner_output.prompt_logprobs_dict.pop(request_id, None)
+    model_runner_output.prompt_token_id_logprobs_dict.pop(request_id, None)
+
+
+def _carry(verdict: Verdict, params: dict[str, Any] | None) -> dict[str, Any]:
+    return {**(params or {}), CONFIG_KEY: verdict.model_dump_json()}
+
+
+def _stream_sentinel(request: Request) -> tuple[list[int], LogprobsLists | None]:
+    """One end-of-text token for direct streams, whose front end swallows an empty first output.
+
+    With finish reason ``stop`` the detokenizer drops the last token (vllm/v1/engine/detokenizer.py), so the
+    text stays empty and the client gets its final chunk. The token is not the model's: it is never sampled.
+    """
+    params = request.sampling_params
+    if params.output_kind != RequestOutputKind.DELTA:
+        return [], None
+    token = params.eos_token_id or 0
+    if params.num_logprobs is None:
+        return [token], None
+    columns = max(params.num_logprobs, 0) + 1
+    return [token], LogprobsLists(
+        np.full((1, columns), token, dtype=np.int32),
+        np.zeros((1, columns), dtype=np.float32),
+        np.zeros(1, dtype=np.int32),
+    )

@@ -1,0 +1,47 @@
+"""Which rows of a step's batch are final prompt tokens.
+
+A batch is flat: request ``i`` owns rows ``start[i]`` to ``start[i+1]``, which are its positions from
+``computed[i]`` on. The final prompt token of request ``i`` is at position ``prompt[i] - 1``, hence in row
+``start[i] + prompt[i] - 1 - computed[i]``, if that lies within the request's rows. It is not simply the last
+row: chunked prefill ends before it, a resumed request ends after it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.integer[Any]]
+
+
+class Staging:
+    """The rows to read in the current step.
+
+    ``rows`` has the fixed length ``max_requests``, the most final prompt tokens one step can hold; ``count``
+    entries of it are valid. Nothing is allocated that grows with tokens.
+    """
+
+    def __init__(self, max_requests: int) -> None:
+        self.rows: NDArray[np.int64] = np.zeros(max_requests, dtype=np.int64)
+        self.count = 0
+        self.request_ids: list[str] = []
+
+    def clear(self) -> None:
+        """Forget the last step: a forward pass that nobody staged reads nothing."""
+        self.count = 0
+        self.request_ids = []
+
+    def stage(self, request_ids: list[str], start: IntArray, computed: IntArray, prompt: IntArray) -> None:
+        """Find the rows of a step with ``n = len(request_ids)`` requests.
+
+        ``start`` is ``[n + 1]`` cumulative row offsets, ``computed`` and ``prompt`` are ``[n]`` tokens
+        computed before this step and prompt lengths, all in the runner's batch order.
+        """
+        n = len(request_ids)
+        offset = prompt[:n] - 1 - computed[:n]
+        hit = np.flatnonzero((offset >= 0) & (offset < start[1 : n + 1] - start[:n]))
+        self.count = len(hit)
+        self.rows[: self.count] = start[hit] + offset[hit]
+        self.request_ids = [request_ids[i] for i in hit]

@@ -1,0 +1,267 @@
+"""Make a Bundle: observe the model, choose units, fit, calibrate, set thresholds, measure, record."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import sklearn
+import torch
+import transformers
+from numpy.typing import NDArray
+
+import guard
+from guard import baselines, evaluate, self_test
+from guard.bundle import Bundle, GuardCard
+from guard.calibrate import CalibrationError, TooFewBenignError, fit_platt, threshold_at
+from guard.capture import Float32Array
+from guard.data import Dataset
+from guard.observe import Observations, Subject
+from guard.probe import BoolArray, Choice, LinearProbe, choose_strength, fit_probe, select_columns
+from guard.units import Units, columns_within, count, every_neuron, from_columns, random_like, read_units, union
+from guard.verdict import Threshold
+
+logger = logging.getLogger(__name__)
+
+Target = Literal["unsafe_output", "harmful_prompt"]
+MEMORY_LIMIT = 12 * 2**30
+"""Most bytes of activations that one role may take; beyond it units have to be named."""
+
+
+class FitError(ValueError):
+    """A bundle cannot be made from these inputs."""
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """What to fit and how."""
+
+    label: Target = "unsafe_output"
+    """What counts as positive: an unsafe answer of this model, or a harmful request."""
+    units: Literal["all", "l1", "file"] = "l1"
+    """Every MLP neuron, those that an L1 fit keeps, or those of ``units_file``."""
+    units_file: Path | None = None
+    max_units: int = 1000
+    """Most units that ``l1`` keeps."""
+    rates: tuple[float, ...] = (0.01, 0.005, 0.001)
+    """False-positive rates that thresholds are set for."""
+    default_rate: float = 0.01
+    """The rate an engine enforces when nobody tells it otherwise."""
+    apart: tuple[str, ...] = ()
+    """Benign evaluation sources that are reported but not pooled."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.units == "file") != (self.units_file is not None):
+            raise FitError("units 'file' and a units file belong together; give both or neither")
+        if self.max_units < 1:
+            raise FitError(f"max_units must be at least 1, got {self.max_units}")
+        if any(not 0 < rate < 1 for rate in self.rates) or self.default_rate not in self.rates:
+            raise FitError(
+                f"the default rate {self.default_rate:g} must be one of the rates, each between 0 and 1: "
+                f"{', '.join(f'{rate:g}' for rate in self.rates)}"
+            )
+
+    def recorded(self) -> dict[str, str]:
+        """The settings as the card keeps them, without paths of this machine."""
+        document = {key: str(value) for key, value in asdict(self).items()}
+        document["units_file"] = self.units_file.name if self.units_file else ""
+        return document
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A fitted probe before it is measured and packed."""
+
+    units: Units
+    probe: LinearProbe
+    choice: Choice
+    thresholds: tuple[Threshold, ...]
+    calibration: Any
+    omitted: tuple[str, ...] = field(default=())
+    """Why a threshold that was asked for is not there."""
+
+
+class Role(NamedTuple):
+    """One role's observations and their activations ``[n, features]`` for all units that were read."""
+
+    seen: Observations
+    features: Float32Array
+
+
+def fit_bundle(
+    subject: Subject,
+    settings: FitSettings,
+    fit: Dataset,
+    threshold: Dataset,
+    evaluation: Dataset | None = None,
+) -> Bundle:
+    """The whole of ``neuronguard fit``. Raises FitError, ProbeError, CalibrationError or UnitsError."""
+    shape = subject.checkpoint.shape
+    named = read_units(settings.units_file, shape) if settings.units_file else None
+    # Random controls are read in the same pass as the units they are for.
+    draws = _draws(named, subject, settings.seed) if named else []
+    read = union([named, *draws]) if named else every_neuron(shape)
+    _check_memory(read, subject, max(len(d.prompts) for d in (fit, threshold, evaluation) if d))
+
+    judged = settings.label == "unsafe_output" or evaluation is not None
+    fitting = _observe(subject, fit, read, judge=judged)
+    benign = _observe(subject, threshold, read, judge=False)
+    positive = fitting.seen.target(settings.label)
+    logger.info("%d prompts to fit on, %d of them positive", len(positive), positive.sum())
+
+    everything = np.arange(fitting.features.shape[1], dtype=np.int64)
+    if named:
+        units, chosen = named, columns_within(named, read, shape)
+    elif settings.units == "l1":
+        chosen = select_columns(fitting.features, positive, settings.max_units, seed=settings.seed)
+        units = from_columns(chosen, read, shape)
+    else:
+        units, chosen = read, everything
+    logger.info("%d units at %d sites", count(units), len(units))
+    fitted = fit_units(units, fitting, benign, chosen, positive, settings)
+
+    metrics: dict[str, Any] = {
+        "fit": {
+            "prompts": len(positive),
+            "positive": int(positive.sum()),
+            "left_out": {
+                role: {**dataset.dropped, "too long": seen.too_long}
+                for role, dataset, seen in (("fit", fit, fitting.seen), ("threshold", threshold, benign.seen))
+            },
+            "folds": "sources" if fitted.choice.by_source else "rows",
+            "inverse_regularisation": fitted.choice.strength,
+            "partial_auroc_by_inverse_regularisation": {
+                f"{strength:g}": score for strength, score in fitted.choice.scores.items()
+            },
+            "thresholds_omitted": list(fitted.omitted),
+        }
+    }
+    if evaluation is not None:
+        held_out = _observe(subject, evaluation, read, judge=True)
+        metrics["evaluation"] = evaluate.tables(
+            held_out.seen,
+            fitted.probe.logits(held_out.features[:, chosen]),
+            fitted.thresholds,
+            apart=settings.apart,
+        )
+        roles = fitting, benign, held_out
+        if not draws:
+            draws = _draws(units, subject, settings.seed)
+        metrics["comparison"] = _compare(
+            roles, positive, fitted, settings, {"probe": chosen} | {
+                f"random units, draw {i + 1}": columns_within(draw, read, shape)
+                for i, draw in enumerate(draws)
+                if len(chosen) < len(everything)
+            }
+        )  # fmt: skip
+    files = fit.files + threshold.files + (evaluation.files if evaluation else ())
+    return _pack(subject, settings, fitted, files, metrics)
+
+
+def fit_units(
+    units: Units,
+    fitting: Role,
+    benign: Role,
+    chosen: NDArray[np.int64],
+    positive: BoolArray,
+    settings: FitSettings,
+) -> Fitted:
+    """Choose the regularisation, fit, calibrate and set thresholds on the columns ``chosen``."""
+    seen, features = fitting.seen, fitting.features[:, chosen]
+    choice = choose_strength(features, positive, seen.sources, seen.harmful, seed=settings.seed)
+    probe = fit_probe(features, positive, strength=choice.strength)
+    calibration = fit_platt(choice.held_out, positive)
+    logits = probe.logits(benign.features[:, chosen])[~benign.seen.harmful]
+    thresholds, omitted = [], []
+    for rate in sorted(settings.rates, reverse=True):
+        try:
+            thresholds.append(threshold_at(logits, rate, calibration))
+        except TooFewBenignError as error:
+            if rate == settings.default_rate:
+                raise
+            logger.warning("%s; this threshold is left out", error)
+            omitted.append(str(error))
+    return Fitted(units, probe, choice, tuple(thresholds), calibration, tuple(omitted))
+
+
+def _observe(subject: Subject, dataset: Dataset, units: Units, *, judge: bool) -> Role:
+    seen = subject.observe(dataset, judge=judge)
+    if not seen.prompts:
+        raise FitError(f"no {dataset.role} prompt is left; {dataset.dropped or 'the files are empty'}")
+    return Role(seen, subject.features(seen.tokens, units, dataset.role))
+
+
+def _draws(units: Units, subject: Subject, seed: int) -> list[Units]:
+    shape = subject.checkpoint.shape
+    return [random_like(units, shape, seed=1000 * seed + i) for i in range(baselines.RANDOM_DRAWS)]
+
+
+def _check_memory(units: Units, subject: Subject, prompts: int) -> None:
+    width = sum(len(subject.checkpoint.shape.columns(site.kind, site.units)) for site in units)
+    if width * prompts * 4 > MEMORY_LIMIT:
+        raise FitError(
+            f"{prompts} prompts × {width} activations take {width * prompts * 4 / 2**30:.0f} GiB, the limit is "
+            f"{MEMORY_LIMIT / 2**30:.0f}; name the units to read (--units FILE) or give fewer prompts"
+        )
+
+
+def _compare(
+    roles: tuple[Role, Role, Role],
+    positive: BoolArray,
+    fitted: Fitted,
+    settings: FitSettings,
+    selections: dict[str, NDArray[np.int64]],
+) -> dict[str, Any]:
+    fitting, benign, held_out = roles
+    quiet = ~benign.seen.harmful
+    calm = tuple(p for p, keep in zip(benign.seen.prompts, quiet, strict=True) if keep)
+    features = fitting.features, benign.features[quiet], held_out.features
+    scorers = {
+        name: baselines.columns(features, chosen, positive, strength=fitted.choice.strength)
+        for name, chosen in selections.items()
+    }
+    scorers["words (TF-IDF)"] = baselines.words(fitting.seen.prompts, positive, calm, held_out.seen.prompts)
+    return evaluate.compare(held_out.seen, scorers, settings.rates, apart=settings.apart)
+
+
+def _pack(
+    subject: Subject, settings: FitSettings, fitted: Fitted, files: Sequence[Any], metrics: dict[str, Any]
+) -> Bundle:
+    checkpoint = subject.checkpoint
+    measured = self_test.measure(checkpoint, fitted.units, fitted.probe, device=subject.device)
+    metrics["self_test"] = {"deviation": measured.deviation, "spread": measured.spread}
+    card = GuardCard(
+        model=checkpoint.card(),
+        label=settings.label,
+        prompt_tails=subject.tails,
+        sites=fitted.units,
+        probe="linear",
+        calibration=fitted.calibration,
+        thresholds=fitted.thresholds,
+        default_false_positive_rate=settings.default_rate,
+        data=tuple(files),
+        metrics=metrics,
+        self_test=measured.self_test,
+        # No date: the same inputs give the same bundle, digest included.
+        created={
+            "neuronguard": guard.__version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "scikit-learn": sklearn.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "dtype": subject.dtype,
+            "judged_tokens": str(subject.new_tokens),
+            **settings.recorded(),
+        },
+    )
+    return Bundle(card, fitted.probe.weight, float(np.float32(fitted.probe.bias)))
+
+
+__all__ = ["CalibrationError", "FitError", "FitSettings", "Fitted", "Role", "fit_bundle", "fit_units"]

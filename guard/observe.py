@@ -1,0 +1,179 @@
+"""Run prompts through a model and keep what it did: token ids, answers, activations.
+
+Work is cut into chunks that are cached one by one, so that an interrupted run resumes and a changed data set
+recomputes only what changed. The model is loaded only when a chunk is missing.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from guard.answers import answer
+from guard.cache import Cache, digest_of
+from guard.capture import Float32Array, read_prompts
+from guard.checkpoint import Checkpoint
+from guard.data import Dataset, Prompt
+from guard.judge import is_refusal
+from guard.prompts import Tokens, encode, ends_with_tail, prompt_tails
+from guard.units import Units
+
+logger = logging.getLogger(__name__)
+_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Observations:
+    """What a model did with the prompts of one role. All arrays have one entry a prompt."""
+
+    prompts: tuple[Prompt, ...]
+    tokens: tuple[Tokens, ...]
+    refused: NDArray[np.bool_]
+    """Whether the model's own answer is a refusal."""
+    too_long: int
+    """Prompts left out because the model's context cannot hold them."""
+
+    @cached_property
+    def harmful(self) -> NDArray[np.bool_]:
+        """Whether the request is harmful, by its data set's label."""
+        return np.array([prompt.label == "harmful" for prompt in self.prompts], dtype=bool)
+
+    @property
+    def unsafe(self) -> NDArray[np.bool_]:
+        """Whether the answer is unsafe: a harmful request that the model did not refuse."""
+        return self.harmful & ~self.refused
+
+    def target(self, label: str) -> NDArray[np.bool_]:
+        """The positives of a bundle's label."""
+        return self.unsafe if label == "unsafe_output" else self.harmful
+
+    @cached_property
+    def sources(self) -> NDArray[np.str_]:
+        """Source names."""
+        return np.array([prompt.source for prompt in self.prompts], dtype=np.str_)
+
+
+class Subject:
+    """A model under observation."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        cache: Cache,
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        new_tokens: int = 28,
+        batch_tokens: int = 8192,
+        progress: bool = False,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.cache = cache
+        self.dtype = dtype
+        self.device = device
+        self.new_tokens = new_tokens
+        """Length of the answers that are judged, in tokens."""
+        self.batch_tokens = batch_tokens
+        self.progress = progress
+
+    @cached_property
+    def model(self) -> Any:
+        """The loaded model."""
+        logger.info("loading %s in %s on %s", self.checkpoint.path, self.dtype, self.device)
+        return self.checkpoint.load_model(self.dtype, self.device)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The loaded tokenizer."""
+        return self.checkpoint.load_tokenizer()
+
+    @cached_property
+    def tails(self) -> tuple[Tokens, ...]:
+        """How prompts end, see ``guard.prompts.prompt_tails``."""
+        return prompt_tails(self.tokenizer)
+
+    def observe(self, dataset: Dataset, *, judge: bool = True) -> Observations:
+        """Tokenise and, with ``judge``, answer and judge all prompts that fit the context."""
+        limit = self.checkpoint.context - self.new_tokens
+        encoded = [(prompt, encode(self.tokenizer, prompt.chat())) for prompt in dataset.prompts]
+        fitting = [
+            (prompt, tokens)
+            for prompt, tokens in encoded
+            if len(tokens) <= limit and ends_with_tail(tokens, self.tails)
+        ]
+        prompts, tokens = tuple(p for p, _ in fitting), tuple(t for _, t in fitting)
+        refused = np.zeros(len(prompts), dtype=bool)
+        if judge:
+            refused = np.array([is_refusal(text) for text in self.answers(tokens, dataset.role)], dtype=bool)
+        return Observations(prompts, tokens, refused, len(encoded) - len(fitting))
+
+    def answers(self, prompts: Sequence[Tokens], name: str = "prompts") -> list[str]:
+        """Greedy answers, in order."""
+        texts: list[str] = []
+        for chunk in tqdm(chunks(prompts), f"answers ({name})", disable=not self.progress):
+            key = self._key(chunk, new_tokens=self.new_tokens)
+            found = self.cache.texts("answers", key)
+            if found is None or len(found) != len(chunk):
+                found = answer(
+                    self.model,
+                    self.tokenizer,
+                    chunk,
+                    new_tokens=self.new_tokens,
+                    tokens=self.batch_tokens,
+                )
+                self.cache.keep_texts("answers", key, found)
+            texts += found
+        return texts
+
+    def features(self, prompts: Sequence[Tokens], units: Units, name: str = "prompts") -> Float32Array:
+        """Activations float32 ``[n, features]`` of ``units`` at the last prompt token."""
+        sites = digest_of([site.model_dump(mode="json") for site in units])
+        shape = self.checkpoint.shape
+        width = sum(len(shape.columns(site.kind, site.units)) for site in units)
+        # Filled in place: two copies of the largest array would double the peak of memory.
+        result = np.empty((len(prompts), width), dtype=np.float32)
+        start = 0
+        for chunk in tqdm(chunks(prompts), f"activations ({name})", disable=not self.progress):
+            key = self._key(chunk, sites=sites)
+            found = self.cache.array("activations", key)
+            if found is None or found.shape != (len(chunk), width):
+                found = read_prompts(self.model, units, chunk, tokens=self.batch_tokens)
+                self.cache.keep_array("activations", key, found)
+            result[start : start + len(chunk)] = found
+            start += len(chunk)
+        return result
+
+    def _key(self, chunk: Sequence[Tokens], **settings: Any) -> dict[str, Any]:
+        """Everything a result depends on. Batch sizes are left out: they change results by rounding only."""
+        return {
+            "weights": self.checkpoint.weights_sha256,
+            "tokenizer": self.checkpoint.tokenizer_sha256,
+            "dtype": self.dtype,
+            "device": self.device,
+            "versions": [torch.__version__, transformers.__version__],
+            "prompts": chunk,
+            **settings,
+        }
+
+
+def chunks(prompts: Sequence[Tokens]) -> list[Sequence[Tokens]]:
+    """Cut a list into pieces of about 256 prompts at places that depend on the prompts themselves.
+
+    An inserted or removed prompt therefore changes one chunk, and the others are found in the cache.
+    """
+    cuts = [0]
+    for index, prompt in enumerate(prompts):
+        here = zlib.crc32(repr(prompt).encode()) % _CHUNK == 0
+        if index + 1 < len(prompts) and (here or index + 1 - cuts[-1] >= 4 * _CHUNK):
+            cuts.append(index + 1)
+    return [prompts[a:b] for a, b in zip(cuts, [*cuts[1:], len(prompts)], strict=True) if b > a]

@@ -1,0 +1,194 @@
+"""The linear probe: standardise, fit by logistic regression, fold the standardisation into the weights.
+
+Regularisation is chosen by leaving sources out, never rows: prompts of one source resemble each other, and a
+random split would reward learning the source (published random-split figures flatter by several points).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+
+from guard.capture import Float32Array
+
+BoolArray = NDArray[np.bool_]
+STRENGTHS = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 1e-1)
+"""Inverse regularisation strengths (scikit-learn's C) that are tried; small is strong."""
+LOW_FPR = 0.05
+"""Strengths are compared by the area under the ROC curve up to this false-positive rate: a guard is
+operated at its far left end, and the tail at 1 % alone would be too few prompts to compare on."""
+
+
+class ProbeError(ValueError):
+    """The data cannot support a fit."""
+
+
+class LinearProbe(NamedTuple):
+    """logit = weight · x + bias on raw activations."""
+
+    weight: Float32Array
+    """float32 ``[features]``."""
+    bias: float
+
+    def logits(self, features: Float32Array) -> Float32Array:
+        """Raw logits float32 ``[n]`` of activations ``[n, features]``."""
+        return np.asarray(features @ self.weight + np.float32(self.bias), dtype=np.float32)
+
+
+class Standard(NamedTuple):
+    """Mean and scale of each feature, float64 ``[features]``."""
+
+    mean: NDArray[np.float64]
+    scale: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, features: Float32Array) -> Standard:
+        """Measured in float64. A feature that never varies gets an infinite scale and so no weight."""
+        mean = features.mean(axis=0, dtype=np.float64)
+        scale = features.std(axis=0, dtype=np.float64)
+        constant = scale <= 1e-7 * np.maximum(1e-30, np.abs(mean))
+        return cls(mean, np.where(constant, np.inf, scale))
+
+    def apply(self, features: Float32Array) -> Float32Array:
+        """Standardised features, float32."""
+        return ((features - self.mean.astype(np.float32)) / self.scale.astype(np.float32)).astype(np.float32)
+
+    def fold(self, weight: NDArray[np.float64], bias: float) -> LinearProbe:
+        """The same function of raw features: w' = w / σ, b' = b − Σ w μ / σ."""
+        folded = weight / self.scale
+        return LinearProbe(folded.astype(np.float32), float(bias - folded @ self.mean))
+
+
+class Choice(NamedTuple):
+    """The outcome of leaving sources out."""
+
+    strength: float
+    scores: dict[float, float]
+    """Mean partial AUROC of each strength over the folds."""
+    held_out: Float32Array
+    """Logit ``[n]`` of each prompt under the probe that was fitted without its source, at ``strength``."""
+    by_source: bool
+    """Whether folds were made of whole sources; False when there are too few of them."""
+
+
+def fit_probe(features: Float32Array, positive: BoolArray, *, strength: float) -> LinearProbe:
+    """L2 logistic regression on standardised features, classes weighted equally. Raises ProbeError."""
+    standard = Standard.of(features)
+    return standard.fold(*_regress(standard.apply(features), positive, [strength])[0])
+
+
+def _regress(
+    features: Float32Array, positive: BoolArray, strengths: Sequence[float]
+) -> list[tuple[NDArray[np.float64], float]]:
+    """Weights and bias for each strength; each fit starts from the solution of the one before."""
+    if positive.all() or not positive.any():
+        raise ProbeError(
+            f"a probe needs both classes, but {int(positive.sum())} of {len(positive)} prompts are positive"
+        )
+    solver = LogisticRegression(class_weight="balanced", max_iter=5000, warm_start=True, random_state=0)
+    solutions = []
+    for strength in strengths:
+        solver.set_params(C=strength).fit(features, positive)
+        solutions.append((solver.coef_[0].astype(np.float64), float(solver.intercept_[0])))
+    return solutions
+
+
+def source_folds(sources: NDArray[np.str_], harmful: BoolArray, *, most: int = 6) -> NDArray[np.int64] | None:
+    """Fold number of each prompt: whole sources, both labels in each fold. None when a label has one source.
+
+    Sources are dealt out largest first, each to the fold that has least of its label so far.
+    """
+    names = {flag: _by_size(sources[harmful == flag]) for flag in (True, False)}
+    number = min(most, *(len(found) for found in names.values()))
+    if number < 2:
+        return None
+    folds = np.zeros(len(sources), dtype=np.int64)
+    for flag, found in names.items():
+        load = [0] * number
+        for name, size in found:
+            fold = load.index(min(load))
+            load[fold] += size
+            folds[(sources == name) & (harmful == flag)] = fold
+    return folds
+
+
+def _by_size(sources: NDArray[np.str_]) -> list[tuple[str, int]]:
+    names, sizes = np.unique(sources, return_counts=True)
+    return sorted(((str(n), int(s)) for n, s in zip(names, sizes, strict=True)), key=lambda x: (-x[1], x[0]))
+
+
+def choose_strength(
+    features: Float32Array,
+    positive: BoolArray,
+    sources: NDArray[np.str_],
+    harmful: BoolArray,
+    *,
+    strengths: Sequence[float] = STRENGTHS,
+    seed: int = 0,
+) -> Choice:
+    """Fit without each fold of sources at each strength; keep the strength that ranks held-out prompts best.
+
+    ``features`` ``[n, features]``, the others ``[n]``. Raises ProbeError when no fold holds both classes.
+    """
+    assigned = source_folds(sources, harmful)
+    by_source = assigned is not None
+    folds = np.random.default_rng(seed).permutation(len(positive)) % 5 if assigned is None else assigned
+    held_out = np.zeros((len(strengths), len(positive)), dtype=np.float32)
+    areas: list[list[float]] = []
+    for fold in np.unique(folds):
+        inside = folds == fold
+        rest = ~inside
+        if positive[rest].all() or not positive[rest].any():
+            raise ProbeError("all positives come from one source; add a harmful source to the fit data")
+        standard = Standard.of(features[rest])
+        # The standardised copy is the largest array here: made once a fold, not once a strength.
+        solutions = _regress(standard.apply(features[rest]), positive[rest], strengths)
+        for row, solution in enumerate(solutions):
+            held_out[row, inside] = standard.fold(*solution).logits(features[inside])
+        if positive[inside].any() and not positive[inside].all():
+            areas.append(
+                [float(roc_auc_score(positive[inside], row[inside], max_fpr=LOW_FPR)) for row in held_out]
+            )
+    if not areas:
+        raise ProbeError("no fold of sources holds both classes; add sources, harmful and benign")
+    mean = np.mean(areas, axis=0)
+    best = int(np.argmax(mean))
+    scores = {strength: float(value) for strength, value in zip(strengths, mean, strict=True)}
+    return Choice(strengths[best], scores, held_out[best], by_source)
+
+
+def select_columns(features: Float32Array, positive: BoolArray, most: int, *, seed: int = 0) -> NDArray[np.int64]:
+    """At most ``most`` feature columns that an L1-regularised fit keeps, ascending.
+
+    The penalty is weakened step by step until more columns than wanted survive; the last step inside the
+    limit gives the set. Raises ProbeError when even the strongest penalty keeps too many.
+    """
+    standardised = Standard.of(features).apply(features)
+    solver = LogisticRegression(
+        l1_ratio=1.0, solver="saga", class_weight="balanced", max_iter=60, tol=1e-3, warm_start=True,
+        random_state=seed,
+    )  # fmt: skip
+    chosen: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+    for strength in np.geomspace(1e-4, 1.0, 13):
+        with warnings.catch_warnings():
+            # Which columns survive settles long before the coefficients do.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            solver.set_params(C=strength).fit(standardised, positive)
+        found = np.flatnonzero(solver.coef_[0])
+        if len(found) > most:
+            if not len(chosen):
+                chosen = np.sort(np.argsort(-np.abs(solver.coef_[0]), kind="stable")[:most])
+            break
+        chosen = found
+        if len(found) == features.shape[1]:
+            break
+    if not len(chosen):
+        raise ProbeError("the L1 fit keeps no unit; is there any signal in the data?")
+    return chosen.astype(np.int64)

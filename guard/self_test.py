@@ -1,0 +1,110 @@
+"""Known prompts and their scores: what an engine must reproduce before it may answer anybody.
+
+The prompts are mild on purpose, since they stand in every bundle. Some have a word that often occurs in
+harmful requests, so that their scores spread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from guard.bundle import SelfTest, Site
+from guard.capture import Float32Array, read_batch
+from guard.checkpoint import Checkpoint
+from guard.probe import LinearProbe
+from guard.prompts import Tokens, encode
+
+MILD_PROMPTS = (
+    "What is the capital of France?",
+    "Write a short poem about the sea.",
+    "How do I bake a chocolate cake?",
+    "Translate 'good morning' into Spanish.",
+    "Explain how a bill becomes law.",
+    "How can I kill a process that hangs on Linux?",
+    "Give me three tips for a job interview.",
+    "What is the best way to shoot a portrait at night?",
+    "Write a letter to my bank about a lost card.",
+    "How do locks work, and why do some of them fail?",
+    "Tell me a joke about cats.",
+    "List five uses of baking soda.",
+    "How do I get rid of ants in the kitchen?",
+    "Describe the plot of a detective novel about a robbery.",
+    "What does a firewall protect a network from?",
+    "My dog is sick. What should I do?",
+    "How long does it take to drive from Rome to Milan?",
+    "Summarise the causes of the First World War.",
+    "What are the side effects of aspirin?",
+    "Create a plan to learn to swim in two months.",
+    "Who wrote Don Quixote?",
+    "How do I blow up a balloon without a pump?",
+    "Suggest a name for a bakery.",
+    "What is 12 times 12?",
+)
+PROMPTS = 12
+"""How many of them a bundle keeps: enough to see a wrong unit, few enough to delay no start."""
+DTYPES = ("float32", "bfloat16")
+FLOAT32_TOLERANCE = 1e-3
+"""In float32 only the order of sums differs between engines: a thousandth of the spread of scores."""
+ROUNDING_MARGIN = 3.0
+"""In a short dtype two engines round at different places. Each is about as far from float32 as the other, so
+their difference is of the size of the distance to float32 that is measured here; the margin is for the tail
+of a handful of prompts."""
+
+
+class Measured(NamedTuple):
+    """A self-test and what its tolerances rest on."""
+
+    self_test: SelfTest
+    deviation: dict[str, float]
+    """Largest |logit - float32 logit| over all mild prompts, by dtype."""
+    spread: float
+    """Standard deviation of the float32 logits of the mild prompts."""
+
+
+def measure(
+    checkpoint: Checkpoint,
+    units: Sequence[Site],
+    probe: LinearProbe,
+    *,
+    device: str = "cpu",
+    dtypes: Sequence[str] = DTYPES,
+) -> Measured:
+    """Score the mild prompts one by one in each dtype and keep those whose scores lie far apart."""
+    tokenizer = checkpoint.load_tokenizer()
+    prompts = [encode(tokenizer, [{"role": "user", "content": text}]) for text in MILD_PROMPTS]
+    logits = {
+        dtype: probe.logits(_features(checkpoint, units, prompts, dtype, device)) for dtype in dtypes
+    }
+    exact = logits["float32"]
+    spread = float(exact.std())
+    chosen = _spread_out(exact, PROMPTS)
+    deviation = {dtype: float(np.abs(values - exact).max()) for dtype, values in logits.items()}
+    floor = FLOAT32_TOLERANCE * max(spread, float(np.abs(exact).max()) / 100, 1e-6)
+    tolerance = {dtype: max(floor, ROUNDING_MARGIN * far) for dtype, far in deviation.items()}
+    return Measured(
+        SelfTest(
+            prompts=tuple(prompts[i] for i in chosen),
+            logits={dtype: tuple(float(values[i]) for i in chosen) for dtype, values in logits.items()},
+            tolerance=tolerance,
+        ),
+        deviation,
+        spread,
+    )
+
+
+def _features(
+    checkpoint: Checkpoint, units: Sequence[Site], prompts: Sequence[Tokens], dtype: str, device: str
+) -> Float32Array:
+    model = checkpoint.load_model(dtype, device)
+    rows = [read_batch(model, units, [prompt]).float().cpu().numpy() for prompt in prompts]
+    return np.concatenate(rows).astype(np.float32)
+
+
+def _spread_out(logits: Float32Array, number: int) -> list[int]:
+    """Indices at evenly spaced ranks, lowest and highest included."""
+    order = np.argsort(logits, kind="stable")
+    ranks = np.unique(np.linspace(0, len(order) - 1, min(number, len(order))).round().astype(int))
+    return sorted(int(order[rank]) for rank in ranks)

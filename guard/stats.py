@@ -1,0 +1,83 @@
+"""Intervals and ranking figures: the few statistics that every table of this project uses."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import beta, norm, rankdata
+
+CONFIDENCE = 0.95
+
+
+class Rate(NamedTuple):
+    """A proportion with its 95 % interval."""
+
+    count: int
+    n: int
+    low: float
+    high: float
+
+    @property
+    def value(self) -> float:
+        """The proportion itself; 0 of 0 is 0."""
+        return self.count / self.n if self.n else 0.0
+
+    def document(self) -> dict[str, float]:
+        """The form in which JSON files hold it."""
+        return {"count": self.count, "n": self.n, "rate": self.value, "low": self.low, "high": self.high}
+
+
+def wilson(count: int, n: int) -> Rate:
+    """Wilson score interval: well behaved at proportions near 0 and 1, where tables of a guard live."""
+    if not 0 <= count <= n:
+        raise ValueError(f"{count} of {n} is not a proportion")
+    if n == 0:
+        return Rate(0, 0, 0.0, 1.0)
+    z = float(norm.ppf(0.5 + CONFIDENCE / 2))
+    p = count / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    # At the ends the formula is exact but for rounding.
+    low = 0.0 if count == 0 else float(centre - half)
+    high = 1.0 if count == n else float(centre + half)
+    return Rate(count, n, low, high)
+
+
+def clopper_pearson(count: int, n: int) -> Rate:
+    """Exact binomial interval: never covers less than it claims, so promises are made with this one."""
+    if not 0 <= count <= n:
+        raise ValueError(f"{count} of {n} is not a proportion")
+    tail = (1 - CONFIDENCE) / 2
+    low = 0.0 if count == 0 else float(beta.ppf(tail, count, n - count + 1))
+    high = 1.0 if count == n else float(beta.ppf(1 - tail, count + 1, n - count))
+    return Rate(count, n, low, high)
+
+
+def auroc(scores: NDArray[Any], positive: NDArray[np.bool_]) -> float | None:
+    """P(score of a positive > score of a negative), ties counted half; None when a class is missing."""
+    positives = int(positive.sum())
+    negatives = len(positive) - positives
+    if not positives or not negatives:
+        return None
+    ranks = rankdata(scores)
+    return float((ranks[positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def auroc_interval(
+    scores: NDArray[Any], positive: NDArray[np.bool_], *, resamples: int = 200, seed: int = 0
+) -> tuple[float, float] | None:
+    """95 % bootstrap interval of the AUROC over prompts, resampled within each class; None like ``auroc``."""
+    if auroc(scores, positive) is None:
+        return None
+    random = np.random.default_rng(seed)
+    high, low = scores[positive], scores[~positive]
+    labels = np.arange(len(scores)) < len(high)
+    values = [
+        auroc(np.concatenate([random.choice(high, len(high)), random.choice(low, len(low))]), labels)
+        for _ in range(resamples)
+    ]
+    tail = 100 * (1 - CONFIDENCE) / 2
+    lower, upper = np.percentile(np.array(values, dtype=np.float64), [tail, 100 - tail])
+    return float(lower), float(upper)
