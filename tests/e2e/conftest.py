@@ -1,0 +1,64 @@
+"""Engines for the end-to-end tests. Each start costs 10 to 30 seconds: they are shared by scope."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from guard.bundle import Bundle
+from guard.sealed import Keyring
+from tests.engine import world
+
+DATA = Path(__file__).parent.parent / "data"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """vLLM and its dependencies warn a lot; only what our own packages cause is an error here."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.e2e)
+            for rule in ("ignore", "error:::guard", "error:::service"):
+                item.add_marker(pytest.mark.filterwarnings(rule))
+
+
+@pytest.fixture(scope="session")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Keyring:
+    return Keyring.generate()
+
+
+@pytest.fixture(scope="session")
+def key_file(keys: Keyring, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("keys") / "keys"
+    keys.save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return world.make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle_dir(tiny_model: Path) -> Path:
+    directory = tiny_model.parent / "tiny-bundle"
+    world.make_bundle(directory, tiny_model)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_bundle_dir: Path) -> Bundle:
+    return Bundle.load(tiny_bundle_dir)
+
+
+@pytest.fixture(scope="session")
+def reference(tiny_model: Path) -> world.Reference:
+    return world.Reference(tiny_model)
+
+
+@pytest.fixture(scope="session")
+def everyday() -> list[str]:
+    """270 harmless questions."""
+    lines = (DATA / "everyday_prompts.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line)["prompt"] for line in lines]

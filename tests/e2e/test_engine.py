@@ -1,0 +1,240 @@
+"""The guarded engine in this process: scores, actions and identity on a tiny random model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from guard.engine import selftest
+from guard.engine.config import AUDIENCE_ENV, KEY_FILE_ENV
+from guard.verdict import Decision, Directive, Rule
+from tests.e2e.inprocess import ask, guarded, sampling, scheduler, shut_down
+from tests.engine import world
+
+REFUSE = Decision(policy="test", rules=(Rule(above=0.5, action="refuse"),))
+OBSERVE = REFUSE.model_copy(update={"mode": "observe"})
+CHECK = REFUSE.model_copy(update={"mode": "check"})
+PASS = Decision(policy="test", rules=())
+
+
+@pytest.fixture(scope="module")
+def unready(tiny_model, tiny_bundle_dir, key_file):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(KEY_FILE_ENV, str(key_file))
+        patch.setenv(AUDIENCE_ENV, "engine")
+        llm = guarded(tiny_model, tiny_bundle_dir)
+        yield llm
+        shut_down(llm)
+
+
+@pytest.fixture(scope="module")
+def turned_away(unready):
+    """What a request gets before the self-test."""
+    return ask(unready, world.prompts(3), sampling())
+
+
+@pytest.fixture(scope="module")
+def llm(unready, turned_away, tiny_bundle):
+    selftest.run(unready, tiny_bundle.card.self_test.prompts)
+    return unready
+
+
+@pytest.fixture(scope="module")
+def seal(keys):
+    def make(decision: Decision) -> str:
+        return Directive.issue(decision, audience="engine", body=b"").seal(keys)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def expected(reference, tiny_bundle):
+    """Logit of a prompt by transformers."""
+
+    def logit(prompt: list[int]) -> float:
+        return float(tiny_bundle.logits(reference.features(prompt)[None])[0])
+
+    return logit
+
+
+def clear_of_the_threshold(prompts, expected, margin=0.01):
+    """Prompts whose action does not hang on rounding."""
+    return [p for p in prompts if abs(expected(p)) > margin]
+
+
+def test_before_the_self_test_every_request_is_turned_away(turned_away):
+    assert [(a.finish_reason, a.tokens, a.verdict.reason) for a in turned_away] == [("error", [], "not_ready")] * 3
+
+
+def test_logits_equal_transformers_on_real_prompts(llm, reference, tiny_bundle, everyday, seal):
+    """Whole and chunked (longer than 96 tokens), uncached in the first round and cached in the second."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(reference.model.name_or_path)
+    prompts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"]
+        for text in everyday
+    ]
+    prompts += [prompts[0][:-1] + p for p in prompts[:30]]  # shared prefixes
+    assert len(prompts) >= 200
+    assert sum(len(p) > 96 for p in prompts) >= 10
+    expected = tiny_bundle.logits(np.stack([reference.features(p) for p in prompts]))
+    params = sampling(seal(CHECK))
+    cached = []
+    for _ in range(2):
+        answers = ask(llm, prompts, params)
+        measured = np.array([a.verdict.logit for a in answers])
+        assert np.abs(measured - expected).max() <= 1e-3
+        assert all(a.tokens == [] for a in answers)
+        cached.append(sum(a.cached > 0 for a in answers))
+    assert cached[1] > 0
+
+
+def test_passed_requests_answer_as_plain_vllm_does(llm, tiny_model, tmp_path, seal):
+    prompts = world.prompts(200, seed=5, longest=250)
+    job, result = tmp_path / "job.json", tmp_path / "result.json"
+    job.write_text(json.dumps({"prompts": prompts, "max_tokens": 16, "rounds": 2}))
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "tests.e2e.stock", str(tiny_model), str(job), str(result)]
+    subprocess.run(command, cwd=root, check=True, capture_output=True, timeout=280)
+    stock = json.loads(result.read_text())
+    scheduler(llm).reset_prefix_cache()
+    params = sampling(seal(OBSERVE), max_tokens=16, ignore_eos=True)
+    for plain in stock:
+        answers = ask(llm, prompts, params)
+        assert [a.tokens for a in answers] == plain
+        assert {a.verdict.decision for a in answers} == {"pass", "refuse"}
+
+
+def test_mixed_actions_in_one_batch_each_get_their_own(llm, expected, seal):
+    prompts = clear_of_the_threshold(world.prompts(96, seed=11), expected)
+    decisions = [(REFUSE, OBSERVE, CHECK, PASS)[i % 4] for i in range(len(prompts))]
+    alone = ask(llm, prompts, sampling(seal(PASS)))
+    params = [sampling(seal(decision)) for decision in decisions]
+    answers = ask(llm, prompts, params)
+    for prompt, decision, solo, got in zip(prompts, decisions, alone, answers, strict=True):
+        logit = expected(prompt)
+        assert got.verdict.logit == pytest.approx(logit, abs=1e-3)
+        assert got.verdict.mode == decision.mode
+        if decision is CHECK:
+            assert (got.verdict.action, got.tokens) == ("checked", [])
+        elif decision is REFUSE and logit > 0:
+            assert (got.verdict.action, got.tokens, got.finish_reason) == ("refuse", [], "stop")
+        else:
+            assert (got.verdict.action, got.tokens) == ("pass", solo.tokens)
+
+
+def test_preemption_before_and_after_the_verdict(llm, expected, seal, monkeypatch):
+    engine = scheduler(llm)
+    engine.reset_prefix_cache()
+    judged, original = [], engine._preempt_request
+
+    def preempt(request, *args, **kwargs):
+        judged.append(request.request_id not in engine.ledger.unjudged)
+        return original(request, *args, **kwargs)
+
+    monkeypatch.setattr(engine, "_preempt_request", preempt)
+    prompts = clear_of_the_threshold(world.prompts(60, seed=21, shortest=100, longest=300), expected)
+    params = sampling(seal(REFUSE), max_tokens=150, ignore_eos=True)
+    answers = ask(llm, prompts, params)
+    assert set(judged) == {True, False}, "the pool must be small enough for both kinds of preemption"
+    for prompt, got in zip(prompts, answers, strict=True):
+        logit = expected(prompt)
+        assert got.verdict.logit == pytest.approx(logit, abs=1e-3)
+        assert len(got.tokens) == (0 if logit > 0 else 150)
+    assert len(engine.ledger) == 0
+    assert engine.kv_cache_manager.block_pool.get_num_free_blocks() == 39  # all but the null block
+
+
+@pytest.fixture(scope="module")
+def unsafe(expected):
+    return next(p for p in world.prompts(50, seed=31, shortest=20) if len(p) > 20 and expected(p) > 0.3)
+
+
+@pytest.fixture(scope="module")
+def safe(expected):
+    return next(p for p in world.prompts(50, seed=31, shortest=20) if len(p) > 20 and expected(p) < -0.3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n": 3, "temperature": 0.7},
+        {"logprobs": 3},
+        {"prompt_logprobs": 2},
+        {"logprobs": 2, "prompt_logprobs": 0},
+        {"stop": ["guard:refused", "a"]},
+        {"ignore_eos": True, "min_tokens": 5},
+        {"max_tokens": 1},
+        {"structured_outputs": ["yes", "no"]},
+        {"logit_bias": {65: 100.0}},
+    ],
+    ids=lambda options: "+".join(options),
+)
+def test_sampling_options_change_nothing_about_a_refusal(llm, unsafe, safe, seal, options):
+    if "structured_outputs" in options:
+        from vllm.sampling_params import StructuredOutputsParams
+
+        options = {"structured_outputs": StructuredOutputsParams(choice=["yes", "no"])}
+    params = sampling(seal(REFUSE), **options)
+    refused, passed = ask(llm, [unsafe, safe], params)
+    assert refused.verdict.action == "refuse"
+    assert [list(c.token_ids) for c in refused.output.outputs] == [[]] * params.n
+    assert all(c.text == "" and c.stop_reason == "guard:refused" for c in refused.output.outputs)
+    assert refused.output.prompt_logprobs in (None, [], [None])
+    assert passed.verdict.action == "pass"
+    assert all(len(c.token_ids) > 0 for c in passed.output.outputs)
+    assert len(scheduler(llm).ledger) == 0
+
+
+def test_structured_output_still_holds_for_passed_requests(llm, safe, seal):
+    from vllm.sampling_params import StructuredOutputsParams
+
+    params = sampling(seal(REFUSE), structured_outputs=StructuredOutputsParams(choice=["yes", "no"]))
+    assert ask(llm, [safe], params)[0].text in ("yes", "no")
+
+
+def test_default_policy_refuses_requests_without_a_directive(llm, unsafe, safe):
+    refused, passed = ask(llm, [unsafe, safe], sampling())
+    assert (refused.verdict.action, refused.verdict.policy) == ("refuse", "engine-default")
+    assert passed.verdict.action == "pass"
+
+
+def test_forged_directive_is_an_error_for_a_harmless_prompt_too(llm, safe, keys):
+    from guard.sealed import Keyring
+
+    forged = Directive.issue(PASS, audience="engine", body=b"").seal(Keyring.generate())
+    (got,) = ask(llm, [safe], sampling(forged))
+    assert (got.finish_reason, got.tokens, got.verdict.reason) == ("error", [], "directive_bad_mac")
+
+
+def test_aborted_request_leaves_nothing_behind(llm, safe, seal):
+    engine = llm.llm_engine
+    for steps in (0, 1, 3):
+        engine.add_request("gone", {"prompt_token_ids": safe}, sampling(seal(PASS), max_tokens=50))
+        for _ in range(steps):
+            engine.step()
+        engine.abort_request(["gone"])
+        while engine.has_unfinished_requests():
+            engine.step()
+        assert len(scheduler(llm).ledger) == 0
+
+
+def test_missing_score_fails_closed(llm, safe, seal, monkeypatch):
+    """A worker that loses a score, by fault or by design, must not get its token out."""
+    worker = llm.llm_engine.model_executor.driver_worker.worker
+    monkeypatch.setattr(worker.taps, "logits", dict)
+    (got,) = ask(llm, [safe], sampling(seal(PASS)))
+    assert (got.finish_reason, got.tokens, got.verdict.reason) == ("error", [], "no_score")
+
+
+def test_tap_that_never_fired_fails_closed(llm, safe, seal, monkeypatch):
+    worker = llm.llm_engine.model_executor.driver_worker.worker
+    monkeypatch.setattr(worker.taps.staging, "stage", lambda *a: None)
+    (got,) = ask(llm, [safe], sampling(seal(PASS)))
+    assert (got.finish_reason, got.tokens, got.verdict.reason) == ("error", [], "no_score")
