@@ -38,8 +38,12 @@ def guard_arguments() -> argparse.ArgumentParser:
     group = parser.add_argument_group("guard")
     group.add_argument("--bundle", required=True, help="directory of the bundle fitted on this model")
     group.add_argument("--key-file", help="keys shared with the gateway (kid:hex a line); none: no gateway")
-    group.add_argument("--guard-mode", choices=("enforce", "observe"), default="enforce",
-                       help="what happens to requests that carry no directive")  # fmt: skip
+    group.add_argument(
+        "--guard-mode",
+        choices=("enforce", "observe"),
+        default="enforce",
+        help="what happens to requests that carry no directive",
+    )
     group.add_argument("--guard-fpr", type=float, help="operating point for them, by false-positive rate")
     return parser
 

@@ -9,6 +9,7 @@ import pytest
 
 from guard.bundle import Bundle
 from guard.sealed import Keyring
+from loadtests.random_model import Reference
 from tests.engine import world
 
 DATA = Path(__file__).parent.parent / "data"
@@ -53,8 +54,8 @@ def tiny_bundle(tiny_bundle_dir: Path) -> Bundle:
 
 
 @pytest.fixture(scope="session")
-def reference(tiny_model: Path) -> world.Reference:
-    return world.Reference(tiny_model)
+def reference(tiny_model: Path) -> Reference:
+    return world.make_reference(tiny_model)
 
 
 @pytest.fixture(scope="session")

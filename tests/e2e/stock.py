@@ -1,4 +1,4 @@
-"""Greedy tokens of plain vLLM, in a process of its own: ``python -m tests.e2e.stock MODEL IN.json OUT.json``."""
+"""Greedy tokens of plain vLLM, in its own process: ``python -m tests.e2e.stock MODEL IN.json OUT.json``."""
 
 import json
 import os

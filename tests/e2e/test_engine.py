@@ -68,7 +68,9 @@ def clear_of_the_threshold(prompts, expected, margin=0.01):
 
 
 def test_before_the_self_test_every_request_is_turned_away(turned_away):
-    assert [(a.finish_reason, a.tokens, a.verdict.reason) for a in turned_away] == [("error", [], "not_ready")] * 3
+    assert [(a.finish_reason, a.tokens, a.verdict.reason) for a in turned_away] == [
+        ("error", [], "not_ready")
+    ] * 3
 
 
 def test_logits_equal_transformers_on_real_prompts(llm, reference, tiny_bundle, everyday, seal):
@@ -77,7 +79,9 @@ def test_logits_equal_transformers_on_real_prompts(llm, reference, tiny_bundle, 
 
     tokenizer = AutoTokenizer.from_pretrained(reference.model.name_or_path)
     prompts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"]
+        tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)[
+            "input_ids"
+        ]
         for text in everyday
     ]
     prompts += [prompts[0][:-1] + p for p in prompts[:30]]  # shared prefixes
@@ -174,7 +178,7 @@ def safe(expected):
         {"structured_outputs": ["yes", "no"]},
         {"logit_bias": {65: 100.0}},
     ],
-    ids=lambda options: "+".join(options),
+    ids="+".join,
 )
 def test_sampling_options_change_nothing_about_a_refusal(llm, unsafe, safe, seal, options):
     if "structured_outputs" in options:
@@ -187,7 +191,8 @@ def test_sampling_options_change_nothing_about_a_refusal(llm, unsafe, safe, seal
     assert [list(c.token_ids) for c in refused.output.outputs] == [[]] * params.n
     assert all(c.text == "" and c.stop_reason == "guard:refused" for c in refused.output.outputs)
     assert refused.output.prompt_logprobs in (None, [], [None])
-    assert passed.verdict.action == "pass"
+    # A stop string is found by the front end, and vLLM then aborts in the engine: no last output, no verdict.
+    assert passed.verdict is None or passed.verdict.action == "pass"
     assert all(len(c.token_ids) > 0 for c in passed.output.outputs)
     assert len(scheduler(llm).ledger) == 0
 

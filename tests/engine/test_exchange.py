@@ -10,9 +10,18 @@ KEYS = Keyring.generate()
 
 def verdict(action: str, probability: float | None = 0.1) -> Verdict:
     return Verdict(
-        action=action, decision=None, probability=probability, logit=None, threshold=0.5, unsafe=action != "pass",
-        mode="enforce", policy="p", bundle="b", read="prompt_last", prompt_tokens=3,
-    )  # fmt: skip
+        action=action,
+        decision=None,
+        probability=probability,
+        logit=None,
+        threshold=0.5,
+        unsafe=action != "pass",
+        mode="enforce",
+        policy="p",
+        bundle="b",
+        read="prompt_last",
+        prompt_tokens=3,
+    )
 
 
 def exchange(siblings: int) -> Exchange:

@@ -34,7 +34,9 @@ class Processor:
 class Server:
     """An inner app whose engine gives the next ``actions``, one for each engine request it makes."""
 
-    def __init__(self, actions: list[str], *, status: int = 200, stream: bool = True, extra: Any = None) -> None:
+    def __init__(
+        self, actions: list[str], *, status: int = 200, stream: bool = True, extra: Any = None
+    ) -> None:
         self.actions, self.status, self.stream, self.extra = actions, status, stream, extra
         self.processor = Processor()
         self.exchanges = Exchanges(self.processor)
@@ -71,9 +73,19 @@ class Server:
 
     def emit(self, request_id: str, action: str) -> None:
         verdict = Verdict(
-            action=action, decision=None, probability=0.2, logit=0.0, threshold=0.5, unsafe=False, mode="enforce",
-            policy="p", bundle="b", read="prompt_last", prompt_tokens=2, nonce=NONCE.get(request_id),
-        )  # fmt: skip
+            action=action,
+            decision=None,
+            probability=0.2,
+            logit=0.0,
+            threshold=0.5,
+            unsafe=False,
+            mode="enforce",
+            policy="p",
+            bundle="b",
+            read="prompt_last",
+            prompt_tokens=2,
+            nonce=NONCE.get(request_id),
+        )
         output = SimpleNamespace(
             request_id=request_id, kv_transfer_params={CONFIG_KEY: verdict.model_dump_json()}
         )
@@ -87,7 +99,9 @@ NONCE: dict[str, str] = {}
 class Call:
     """One HTTP request through the middleware, message by message."""
 
-    def __init__(self, server: Server, *, siblings: int = 1, body: bytes = b"{}", sealed: str | None = "") -> None:
+    def __init__(
+        self, server: Server, *, siblings: int = 1, body: bytes = b"{}", sealed: str | None = ""
+    ) -> None:
         self.sent: list[dict[str, Any]] = []
         self.directive = Directive.issue(REFUSE_AT_HALF, audience="engine", body=body, siblings=siblings)
         NONCE.update({f"r{i}": self.directive.nonce for i in range(8)})

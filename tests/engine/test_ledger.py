@@ -33,7 +33,12 @@ def judge(made: Ledger, logit: float | None, **options: object):
 def test_default_policy_refuses_above_its_threshold_and_passes_below():
     assert judge(ledger(), 0.1).action == "refuse"
     verdict = judge(ledger(), -0.1)
-    assert (verdict.action, verdict.unsafe, verdict.read, verdict.prompt_tokens) == ("pass", False, "prompt_last", 1)
+    assert (verdict.action, verdict.unsafe, verdict.read, verdict.prompt_tokens) == (
+        "pass",
+        False,
+        "prompt_last",
+        1,
+    )
     assert verdict.probability == pytest.approx(1 / (1 + math.exp(0.1)))
 
 
@@ -69,7 +74,12 @@ def test_directive_without_rules_passes_everything():
 
 def test_missing_score_is_an_error():
     verdict = judge(ledger(), None)
-    assert (verdict.action, verdict.reason, verdict.unsafe, verdict.read) == ("error", "no_score", True, "nothing")
+    assert (verdict.action, verdict.reason, verdict.unsafe, verdict.read) == (
+        "error",
+        "no_score",
+        True,
+        "nothing",
+    )
 
 
 @pytest.mark.parametrize("logit", [math.nan, math.inf, -math.inf])
@@ -97,7 +107,9 @@ def test_invalid_directive_is_an_error_even_for_a_harmless_prompt(text, reason):
 
 
 def test_any_directive_is_invalid_without_a_key_file():
-    assert judge(ledger(keys=None), -50.0, directive=directive(REFUSE_AT_HALF)).reason == "directive_no_key_file"
+    assert (
+        judge(ledger(keys=None), -50.0, directive=directive(REFUSE_AT_HALF)).reason == "directive_no_key_file"
+    )
 
 
 def test_before_the_self_test_everything_else_is_turned_away():

@@ -47,7 +47,9 @@ def test_clear_forgets_the_step():
     assert staging.request_ids == []
 
 
-@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 40), st.integers(1, 60)), min_size=1, max_size=20))
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(1, 40), st.integers(1, 60)), min_size=1, max_size=20)
+)
 def test_rows_are_those_a_plain_loop_finds(spans: list[tuple[int, int, int]]):
     expected, row = [], 0
     for i, (computed, scheduled, prompt) in enumerate(spans):

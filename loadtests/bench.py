@@ -1,0 +1,177 @@
+"""``make bench``: what the guard costs inside the engine, against plain vLLM, in pairs in one run.
+
+Two engines live side by side, one plain and one guarded, each in its own process with one thread. Every batch
+runs on both, in alternating order; what is reported are medians of per-pair ratios of process CPU time with
+95 % bootstrap intervals. Wall-clock time of the same pairs is in the JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import random
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from guard.bundle import Bundle, Site
+from loadtests import random_model
+from loadtests.pairs import Child, Interval, run_pairs
+
+LARGE = {
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "head_dim": 64,
+    "max_position_embeddings": 1024,
+}
+ENGINE = {"max_model_len": 512, "max_num_batched_tokens": 2048, "max_num_seqs": 32, "block_size": 32}
+NEURONS_PER_LAYER = 100
+TARGETS = {"throughput": 0.97, "prefill": 1.03, "refusal": 1.0}
+
+
+def batches(
+    count: int, requests: int, length: tuple[int, int], vocabulary: int, seed: int
+) -> list[list[list[int]]]:
+    """``count`` batches of random prompts, all different, so that no prefix is ever cached."""
+    rng = random.Random(seed)
+    return [
+        [[rng.randrange(vocabulary) for _ in range(rng.randint(*length))] for _ in range(requests)]
+        for _ in range(count)
+    ]
+
+
+def large_model(directory: Path, seed: int) -> tuple[Path, Path, Path]:
+    """The random 12 × 768 model with a bundle that passes everything and one that refuses everything."""
+    model = random_model.make_model(directory / "large", LARGE)
+    rng = np.random.default_rng(seed)
+    units = [tuple(sorted(rng.choice(2048, NEURONS_PER_LAYER, replace=False).tolist())) for _ in range(12)]
+    sites = tuple(Site(layer=layer, kind="mlp", units=chosen) for layer, chosen in enumerate(units))
+    (prompts,) = batches(1, 24, (20, 60), 256, seed)
+    bundle = random_model.make_bundle(directory / "bundle", model, sites, prompts)
+    return (
+        model,
+        _with_threshold(bundle, directory / "pass", 1.0),
+        _with_threshold(bundle, directory / "refuse", 0.0),
+    )
+
+
+def _with_threshold(bundle: Bundle, directory: Path, probability: float) -> Path:
+    thresholds = tuple(t.model_copy(update={"probability": probability}) for t in bundle.card.thresholds)
+    card = bundle.card.model_copy(update={"thresholds": thresholds})
+    return Bundle(card, bundle.weight, bundle.bias).save(directory)
+
+
+def compare(
+    model: Path, passing: Path, refusing: Path, vocabulary: int, pairs: int, folder: Path
+) -> dict[str, Any]:
+    """All figures for one model."""
+    engines = {
+        name: Child(model, bundle, ENGINE, folder / f"{model.name}-{name}.log")
+        for name, bundle in (("plain", None), ("pass", passing), ("refuse", refusing))
+    }
+    try:
+        for engine in engines.values():
+            engine.wait_ready()
+        warm = batches(3, 8, (30, 120), vocabulary, seed=1)
+        for engine in engines.values():
+            for prompts in warm:
+                engine.run(prompts, 8)
+        plain, passing_engine, refusing_engine = engines["plain"], engines["pass"], engines["refuse"]
+        click.echo(f"  {model.name}: throughput", err=True)
+        whole = run_pairs(plain, passing_engine, batches(pairs, 16, (30, 120), vocabulary, seed=2), 32)
+        click.echo(f"  {model.name}: prefill", err=True)
+        prefill = run_pairs(plain, passing_engine, batches(pairs, 4, (100, 200), vocabulary, seed=3), 1)
+        click.echo(f"  {model.name}: time to refusal", err=True)
+        refusal = run_pairs(plain, refusing_engine, batches(pairs, 1, (60, 120), vocabulary, seed=4), 1)
+    finally:
+        for engine in engines.values():
+            engine.close()
+    step = [1e6 * (p.guarded["cpu"] - p.plain["cpu"]) / p.plain["steps"] for p in whole]
+    return {
+        "throughput": Interval.of([1 / p.ratio("cpu") for p in whole])._asdict(),
+        "prefill": Interval.of([p.ratio("cpu") for p in prefill])._asdict(),
+        "refusal": Interval.of([p.ratio("wall") for p in refusal])._asdict(),
+        "microseconds_per_step": Interval.of(step)._asdict(),
+        "plain_step_microseconds": float(np.median([1e6 * p.plain["cpu"] / p.plain["steps"] for p in whole])),
+        "refused_tokens": sum(p.guarded["tokens"] for p in refusal),
+        "pairs": {name: [p._asdict() for p in rows] for name, rows in
+                  (("throughput", whole), ("prefill", prefill), ("refusal", refusal))},
+    }  # fmt: skip
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown table of the figures."""
+    rows = [
+        ("throughput, guarded / plain", "throughput", "≥ 0.97"),
+        ("prefill time, guarded / plain", "prefill", "≤ 1.03"),
+        ("time to refusal / time to first token, plain", "refusal", "≤ 1"),
+        ("added CPU time a step, µs", "microseconds_per_step", ""),
+    ]
+    models = list(results["models"])
+    lines = [
+        f"| median [95 % interval] | target | {' | '.join(models)} |",
+        "|---|---|" + "--:|" * len(models),
+    ]
+    for title, key, target in rows:
+        cells = []
+        for model in models:
+            value = Interval(**results["models"][model][key])
+            digits = 1 if key == "microseconds_per_step" else 3
+            cells.append(f"{value.median:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]")
+        lines.append(f"| {title} | {target} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+@click.command(help=__doc__)
+@click.option("--pairs", default=40, show_default=True, help="batches a figure; each runs on both engines")
+@click.option("--lab", type=click.Path(path_type=Path, exists=True), help="lab checkpoint directory")
+@click.option("--lab-bundle", type=click.Path(path_type=Path, exists=True), help="its bundle")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("results/bench"), show_default=True)
+def main(pairs: int, lab: Path | None, lab_bundle: Path | None, out: Path) -> None:
+    """Run the benchmark, write JSON and a table."""
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.time()
+    results: dict[str, Any] = {"models": {}, "pairs": pairs, "machine": machine()}
+    with tempfile.TemporaryDirectory() as folder:
+        model, passing, refusing = large_model(Path(folder), seed=0)
+        name = f"random 12 × 768, {12 * NEURONS_PER_LAYER} neurons"
+        results["models"][name] = compare(model, passing, refusing, 256, pairs, out)
+        if lab is not None and lab_bundle is not None:
+            bundle = Bundle.load(lab_bundle)
+            name = f"{bundle.card.model.name}, {bundle.card.features} features"
+            passing = _with_threshold(bundle, Path(folder) / "lab-pass", 1.0)
+            refusing = _with_threshold(bundle, Path(folder) / "lab-refuse", 0.0)
+            results["models"][name] = compare(lab, passing, refusing, 4000, pairs, out)
+    results["seconds"] = time.time() - started
+    (out / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / "bench.md").write_text(table(results))
+    click.echo(table(results))
+
+
+def machine() -> dict[str, str]:
+    """Where the figures come from."""
+    import torch
+    import vllm
+
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {
+        "cpu": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "vllm": vllm.__version__,
+        "commit": commit.stdout.strip() or "unknown",
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Random models with a byte-level tokenizer, and bundles for them: what benchmarks and engine tests run on.
+
+The reference scores come from transformers alone, by hooks written here, so that they share no code with the
+guard.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+
+from guard.bundle import Bundle, Calibration, DataFile, GuardCard, ModelCard, SelfTest, Site
+from guard.digest import tokenizer_digest, weights_digest
+from guard.sites import shape_of
+from guard.verdict import Threshold
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+FIXED: dict[str, Any] = {
+    "vocab_size": 260,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": 256,
+    "pad_token_id": 256,
+}
+
+
+def make_model(directory: Path, sizes: dict[str, Any], architecture: str = "llama", seed: int = 0) -> Path:
+    """Write a random float32 checkpoint with a byte-level tokenizer; returns ``directory``.
+
+    ``sizes`` are fields of the transformers configuration, on top of those the tokenizer fixes.
+    """
+    torch.manual_seed(seed)
+    config = {"llama": LlamaConfig, "qwen3": Qwen3Config}[architecture](**{**FIXED, **sizes})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(directory)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL[0])
+    fast.add_special_tokens({"additional_special_tokens": SPECIAL[1:]})
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(directory)
+    return directory
+
+
+class Reference:
+    """The model in transformers, float32: the sites' inputs at the final prompt token."""
+
+    def __init__(self, directory: Path, sites: tuple[Site, ...]) -> None:
+        self.sites = sites
+        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        self.shape = shape_of(self.model.config)
+
+    @torch.no_grad()
+    def features(self, prompt: list[int]) -> np.ndarray:
+        """``[features]`` float32 in bundle order."""
+        seen: dict[tuple[int, str], torch.Tensor] = {}
+        hooks = []
+        for site in self.sites:
+            layer = self.model.model.layers[site.layer]
+            module = layer.mlp.down_proj if site.kind == "mlp" else layer.self_attn.o_proj
+            key = (site.layer, site.kind)
+            hooks.append(
+                module.register_forward_pre_hook(lambda m, a, key=key: seen.__setitem__(key, a[0][0, -1]))
+            )
+        self.model(torch.tensor([prompt]))
+        for hook in hooks:
+            hook.remove()
+        parts = []
+        for site in self.sites:
+            values = seen[(site.layer, site.kind)]
+            if site.kind == "mlp":
+                parts.append(values[list(site.units)])
+            else:
+                parts.append(values.reshape(self.shape.heads, -1)[list(site.units)].flatten())
+        return torch.cat(parts).numpy()
+
+
+def make_bundle(
+    directory: Path, model: Path, sites: tuple[Site, ...], prompts: list[list[int]], seed: int = 0
+) -> Bundle:
+    """Save a bundle with random weights whose threshold lies at the median of the prompts' scores.
+
+    The first six prompts are its self-test.
+    """
+    reference = Reference(model, sites)
+    rng = np.random.default_rng(seed)
+    features = np.stack([reference.features(p) for p in prompts])
+    weight = (rng.standard_normal(features.shape[1]) / features.std(0)).astype(np.float32)
+    raw = features @ weight
+    weight = (weight / raw.std()).astype(np.float32)
+    bias = float(-np.median(features @ weight))
+    logits = features @ weight + np.float32(bias)
+    shape = reference.shape
+    card = GuardCard(
+        model=ModelCard(
+            name=model.name,
+            architecture=shape.architecture,
+            layers=shape.layers,
+            mlp_width=shape.mlp_width,
+            heads=shape.heads,
+            head_dim=shape.head_dim,
+            weights_sha256=weights_digest(model),
+            tokenizer_sha256=tokenizer_digest(model),
+        ),
+        label="unsafe_output",
+        prompt_tails=((258,),),
+        sites=sites,
+        probe="linear",
+        calibration=Calibration(slope=2.0, offset=0.0),
+        thresholds=tuple(
+            Threshold(false_positive_rate=rate, probability=p, logit=0.0, benign=100, upper95=0.1)
+            for rate, p in ((0.01, 0.5), (0.001, 0.9))
+        ),
+        default_false_positive_rate=0.01,
+        data=(DataFile(name="random", sha256="0" * 64, role="fit", harmful=0, benign=0),),
+        metrics={},
+        self_test=SelfTest(
+            prompts=tuple(tuple(p) for p in prompts[:6]),
+            logits={"float32": tuple(float(x) for x in logits[:6])},
+            tolerance={"float32": 1e-3},
+        ),
+        created={"by": "loadtests.random_model"},
+    )
+    bundle = Bundle(card, weight, bias)
+    bundle.save(directory)
+    return bundle
