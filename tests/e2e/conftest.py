@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from guard.bundle import Bundle
 from guard.sealed import Keyring
 from loadtests.random_model import Reference
+from tests.e2e import servers
+from tests.e2e.servers import Stack
 from tests.engine import world
 
 DATA = Path(__file__).parent.parent / "data"
@@ -63,3 +66,16 @@ def everyday() -> list[str]:
     """270 harmless questions."""
     lines = (DATA / "everyday_prompts.jsonl").read_text("utf-8").splitlines()
     return [json.loads(line)["prompt"] for line in lines]
+
+
+@pytest.fixture(scope="session")
+def stack(
+    tiny_model: Path, tiny_bundle_dir: Path, key_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Stack]:
+    """A guarded vLLM server and a gateway, as real processes, on the tiny model."""
+    folder = tmp_path_factory.mktemp("stack")
+    with (
+        servers.engine(tiny_model, tiny_bundle_dir, key_file, "tiny", folder / "engine.log") as engine_url,
+        servers.gateway(engine_url, key_file, folder) as gateway_url,
+    ):
+        yield Stack(engine_url, gateway_url, folder)

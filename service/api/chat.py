@@ -1,0 +1,18 @@
+"""``POST /v1/chat/completions``."""
+
+from fastapi import APIRouter, Request, Response
+
+from service.chat_body import ChatBody
+from service.fields import validate
+from service.gateway import begin
+from service.generate import generate
+from service.openapi import takes
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions", openapi_extra=takes(ChatBody))
+async def create_chat_completion(request: Request) -> Response:
+    """Answer a conversation, or refuse to."""
+    call = await begin(request)
+    return await generate(call, validate(ChatBody, call.body), "chat")

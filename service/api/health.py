@@ -1,0 +1,31 @@
+"""Routes for operators: alive, ready, metrics. Without API key, without audit."""
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from service.errors import RETRY_AFTER
+from service.gateway import gateway_of
+
+router = APIRouter()
+
+
+@router.get("/healthz")
+async def healthz() -> dict[str, str]:
+    """The process runs."""
+    return {"status": "ok"}
+
+
+@router.get("/readyz")
+async def readyz(request: Request) -> Response:
+    """The engine is up, its guard passed the self-test, and every policy makes sense with its bundle."""
+    engine = gateway_of(request).engine
+    if engine.ready is None:
+        return JSONResponse({"status": "not ready", "detail": engine.why}, 503, headers=RETRY_AFTER)
+    return JSONResponse({"status": "ready"})
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Prometheus text format."""
+    return Response(generate_latest(gateway_of(request).metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,56 @@
+"""What goes out with a request, and what must come back before anybody sees an answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from guard.sealed import Keyring
+from guard.verdict import Decision, Directive, Verdict, VerdictError
+
+
+@dataclass(frozen=True)
+class Order:
+    """A directive on its way, with what is needed to judge the verdict that answers it."""
+
+    sealed: str
+    nonce: str
+    decision: Decision
+
+    @classmethod
+    def issue(
+        cls, decision: Decision, keys: Keyring, *, audience: str, body: bytes, siblings: int, lifetime: float
+    ) -> Order:
+        """Order what ``decision`` says for exactly these bytes."""
+        directive = Directive.issue(
+            decision, audience=audience, body=body, siblings=siblings, lifetime=lifetime
+        )
+        return cls(directive.seal(keys), directive.nonce, decision)
+
+    def verify(self, header: str | None, keys: Keyring) -> Verdict:
+        """The verdict in a response header, if it answers this order.
+
+        Beyond seal and nonce it must fit the order: the same policy and mode, an action that this mode can
+        have, and for an answer that is passed on, a score for which the rules really say so. A genuine engine
+        always fulfils this; it is checked because it costs nothing and an answer hangs on it.
+
+        Raises VerdictError, whose reason labels ``guard_bypass_total``.
+        """
+        if header is None:
+            raise VerdictError("missing")
+        verdict = Verdict.open(header, keys, nonce=self.nonce)
+        if (verdict.policy, verdict.mode) != (self.decision.policy, self.decision.mode):
+            raise VerdictError("other_order")
+        if verdict.action == "error":
+            return verdict
+        if verdict.probability is None or verdict.read == "nothing":
+            raise VerdictError("not_scored")
+        if verdict.action not in self._possible(verdict.probability):
+            raise VerdictError("inconsistent")
+        return verdict
+
+    def _possible(self, probability: float) -> tuple[str, ...]:
+        if self.decision.mode == "check":
+            return ("checked",)
+        if self.decision.mode == "observe":
+            return ("pass",)
+        return (self.decision.decide(probability),)

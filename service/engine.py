@@ -1,0 +1,122 @@
+"""What the gateway knows of the engine: asked for in the background, and the policies bound to it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+from guard.verdict import EngineStatus
+from service.backend import Backend, BackendError
+from service.errors import unavailable
+from service.metrics import Metrics
+from service.policy import BoundPolicy, Policies, PolicyError, bind
+
+logger = logging.getLogger("neuronguard.gateway")
+
+_FIRST_PAUSE = 0.1
+_LONGEST_PAUSE = 5.0
+# A busy API server may miss one status request; that must not turn away everybody.
+_MISSES_ALLOWED = 2
+
+
+@dataclass(frozen=True)
+class ReadyEngine:
+    """An engine whose guard passed its self-test, and every policy in terms of its bundle."""
+
+    status: EngineStatus
+    policies: dict[str, BoundPolicy]
+
+
+class EngineWatch:
+    """Polls the engine's status until it is stopped, more and more slowly while the engine is away."""
+
+    def __init__(self, backend: Backend, policies: Policies, metrics: Metrics, interval: float) -> None:
+        self._backend = backend
+        self._policies = policies
+        self._metrics = metrics
+        self._interval = interval
+        self._ready: ReadyEngine | None = None
+        self._why = "The engine has not been asked yet."
+        self._misses = 0
+        self._hurry = asyncio.Event()
+        self._metrics.upstream_up.labels(backend.name).set(0)
+
+    @property
+    def ready(self) -> ReadyEngine | None:
+        """The engine, if requests may be sent to it now."""
+        return self._ready
+
+    @property
+    def why(self) -> str:
+        """Why the engine is not ready; for operators, not for clients."""
+        return self._why
+
+    def require(self) -> ReadyEngine:
+        """The engine. Raises ApiError 503 when it is not ready."""
+        if self._ready is None:
+            raise unavailable(
+                "The model is not ready. Try again later.", code="engine_not_ready", stage="backend"
+            )
+        return self._ready
+
+    def look_again(self) -> None:
+        """Ask at once, because something about a request was not as the last status said."""
+        self._hurry.set()
+
+    async def run(self) -> None:
+        """Poll for ever."""
+        pause = _FIRST_PAUSE
+        while True:
+            try:
+                await self.poll()
+            except Exception as error:  # a dead watch would go on believing the last status for ever
+                logger.exception("the status poll failed")
+                self._lose(f"the status poll failed ({type(error).__name__})")
+            if self._ready:
+                pause, wait = _FIRST_PAUSE, self._interval
+            else:
+                pause, wait = min(pause * 1.6, _LONGEST_PAUSE), pause
+            try:
+                async with asyncio.timeout(wait):
+                    await self._hurry.wait()
+                await asyncio.sleep(_FIRST_PAUSE)  # many requests may fail at once: one poll for all of them
+            except TimeoutError:
+                pass
+            self._hurry.clear()
+
+    async def poll(self) -> None:
+        """Ask once and draw the conclusions."""
+        try:
+            status = await self._backend.status()
+        except BackendError as error:
+            self._misses += 1
+            if self._ready is None or self._misses > _MISSES_ALLOWED:
+                self._lose(f"{error}")
+            return
+        self._misses = 0
+        if status.state != "ready":
+            self._lose(f"the engine is {status.state}: {status.detail}")
+            return
+        if self._ready is not None and self._ready.status == status:
+            return
+        try:
+            policies = bind(self._policies, status)
+        except PolicyError as error:
+            self._lose(str(error))
+            return
+        self._ready = ReadyEngine(status, policies)
+        self._why = ""
+        self._metrics.upstream_up.labels(self._backend.name).set(1)
+        self._metrics.bundle_info.clear()
+        self._metrics.bundle_info.labels(status.bundle, status.model, status.label).set(1)
+        logger.info(
+            "engine ready: model %s, bundle %s, audience %s", status.model, status.bundle, status.audience
+        )
+
+    def _lose(self, why: str) -> None:
+        if self._ready is not None or why != self._why:
+            logger.warning("not ready: %s", why)
+        self._ready = None
+        self._why = why
+        self._metrics.upstream_up.labels(self._backend.name).set(0)

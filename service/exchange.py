@@ -1,0 +1,251 @@
+"""One exchange with the engine: a directive out, a verdict back, before anything else may happen.
+
+The only function here that returns an answer of the engine is ``exchange``, and it does so only with the
+verdict that belongs to it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+import uuid
+from dataclasses import dataclass
+
+from guard.verdict import DIRECTIVE_HEADER, VERDICT_HEADER, Decision, Verdict, VerdictError
+from service.backend import BackendError, EngineAnswer, TooSlowError, UnreachableError
+from service.directives import Order
+from service.errors import RETRY_AFTER, ApiError, bad_request, bad_upstream, unavailable, unknown_model
+from service.gateway import Call
+from service.request_log import REQUEST_ID_HEADER
+
+logger = logging.getLogger("neuronguard.gateway")
+
+UNGUARDED = "unguarded"
+_TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+_TOO_LONG = re.compile(
+    r"maximum context length|max_model_len|maximum model length|maximum input length", re.I
+)
+_FIELD = re.compile(r"[\w.\[\]]{1,100}", re.ASCII)
+_UNCHECKED = "The request could not be checked and was not answered. Try again later."
+_REASON = re.compile(r"refused: ([a-z_]{1,40})\b")
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What is sent to the engine."""
+
+    path: str
+    body: bytes
+    siblings: int
+    stream: bool
+    decision: Decision
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An answer of the engine with its verdict, None only under ``on_missing_verdict: open``."""
+
+    answer: EngineAnswer
+    verdict: Verdict | None
+    sent: float
+    """``time.perf_counter()`` just before the request went out."""
+    judged: float
+    """``time.perf_counter()`` when the verdict was here."""
+
+    @property
+    def action(self) -> str:
+        """What was done, as clients and metrics are told."""
+        return self.verdict.action if self.verdict else UNGUARDED
+
+
+async def exchange(call: Call, forward: Forward) -> Judged:
+    """Send a request under a directive and wait for its verdict.
+
+    The caller closes the answer. Raises ApiError: whatever else the engine said is then already dropped.
+    """
+    try:
+        judged = await _exchange(call, forward)
+    except BaseException:  # a client that goes away cancels this; its request was sent all the same
+        _count(call, forward, None, "none")
+        raise
+    _count(call, forward, judged.verdict, judged.action)
+    return judged
+
+
+async def _exchange(call: Call, forward: Forward) -> Judged:
+    gateway, settings = call.gateway, call.gateway.settings
+    order = Order.issue(
+        forward.decision,
+        gateway.keys,
+        audience=call.engine.status.audience,
+        body=forward.body,
+        siblings=forward.siblings,
+        lifetime=settings.directive_lifetime,
+    )
+    # Without a stream the engine sends nothing before the whole answer is there, checks excepted.
+    quick = forward.stream or forward.decision.mode == "check"
+    deadline = settings.verdict_timeout if quick else settings.answer_timeout
+    headers = _headers(call) | {DIRECTIVE_HEADER: order.sealed}
+    sent = time.perf_counter()
+    try:
+        answer = await gateway.backend.send(forward.path, forward.body, headers, deadline)
+    except BackendError as error:
+        gateway.engine.look_again()
+        raise _no_answer(error) from error
+    try:
+        if not 200 <= answer.status < 300:
+            raise await _upstream_error(call, answer)
+        verdict = _verify(call, order, answer)
+    except BaseException:
+        await answer.close()
+        raise
+    return Judged(answer, verdict, sent, time.perf_counter())
+
+
+def _headers(call: Call) -> dict[str, str]:
+    """Headers for the engine, built from nothing: no header of the client goes through as it is.
+
+    The engine's request ids must be unique, and a client's need not be.
+    """
+    upstream_id = uuid.uuid4().hex
+    call.record.upstream_id = upstream_id
+    headers = {REQUEST_ID_HEADER: upstream_id}
+    trace = call.request.headers.get("traceparent", "")
+    if _TRACEPARENT.fullmatch(trace):
+        headers["traceparent"] = trace
+    return headers
+
+
+def _verify(call: Call, order: Order, answer: EngineAnswer) -> Verdict | None:
+    metrics = call.gateway.metrics
+    try:
+        verdict = order.verify(answer.headers.get(VERDICT_HEADER), call.gateway.keys)
+    except VerdictError as error:
+        metrics.bypass.labels(error.reason).inc()
+        call.gateway.engine.look_again()
+        logger.error("request %s: no valid verdict (%s)", call.record.request_id, error.reason)
+        # `open` is for an engine that says nothing. One that says something false is not to be believed.
+        if error.reason == "missing" and call.bound.policy.on_missing_verdict == "open":
+            metrics.errors.labels("verdict", "open").inc()
+            return None
+        raise unavailable(
+            _UNCHECKED,
+            code="guard_no_verdict",
+            stage="verdict",
+        ) from error
+    if verdict.action == "error":
+        logger.error("request %s: the guard failed (%s)", call.record.request_id, verdict.reason)
+        raise unavailable(
+            _UNCHECKED,
+            code="guard_failed",
+            stage="guard",
+        )
+    if verdict.bundle != call.engine.status.bundle:
+        call.gateway.engine.look_again()
+    return verdict
+
+
+def _count(call: Call, forward: Forward, verdict: Verdict | None, action: str) -> None:
+    record, metrics = call.record, call.gateway.metrics
+    model = call.engine.status.model
+    said = (verdict.decision if verdict else None) or "none"
+    record.mode, record.stream, record.verdict, record.action = (
+        forward.decision.mode,
+        forward.stream,
+        said,
+        action,
+    )
+    metrics.requests.labels(
+        call.bound.name, model, said, action, forward.decision.mode, str(forward.stream).lower()
+    ).inc()
+    if verdict is None:
+        return
+    record.bundle = verdict.bundle
+    record.prompt_tokens = (record.prompt_tokens or 0) + verdict.prompt_tokens
+    if verdict.probability is not None:
+        metrics.score.labels(model).observe(verdict.probability)
+        if call.gateway.settings.audit_scores:
+            record.probability = max(verdict.probability, record.probability or 0.0)
+    if forward.stream or verdict.action != "pass":
+        elapsed = time.perf_counter() - call.arrived
+        record.verdict_seconds = round(elapsed, 6)
+        metrics.time_to_verdict.observe(elapsed)
+
+
+def _no_answer(error: BackendError) -> ApiError:
+    if isinstance(error, UnreachableError):
+        return unavailable(
+            "The model cannot be reached. Try again later.", code="engine_unreachable", stage="backend"
+        )
+    if isinstance(error, TooSlowError):
+        return ApiError(
+            504,
+            "The model did not answer in time.",
+            code="engine_timeout",
+            stage="backend",
+            kind="server_error",
+        )
+    return bad_upstream("The model's server closed the connection without an answer.", code="engine_failed")
+
+
+async def _upstream_error(call: Call, answer: EngineAnswer) -> ApiError:
+    """What an error of the engine means to the client. Quoted are only messages about its own request."""
+    message, code, param = _parse_error(await answer.error_body())
+    if code == "guard_directive_invalid":
+        call.gateway.engine.look_again()
+        reason = _REASON.search(message)
+        logger.error(
+            "request %s: the engine refused the directive (%s)",
+            call.record.request_id,
+            reason.group(1) if reason else "no reason given",
+        )
+        return unavailable(
+            _UNCHECKED,
+            code="guard_directive_refused",
+            stage="directive",
+        )
+    if code == "guard_no_verdict":  # the engine held its answer back itself
+        return unavailable(
+            _UNCHECKED,
+            code="guard_no_verdict",
+            stage="guard",
+        )
+    if answer.status in (400, 413, 422):
+        if _TOO_LONG.search(message):
+            return bad_request(message, code="context_length_exceeded", param=_prompt_field(call))
+        return bad_request(message or "The model's server refused the request.", param=param)
+    if answer.status == 404 and "does not exist" in message:
+        call.gateway.engine.look_again()
+        return unknown_model(call.engine.status.model)
+    if answer.status == 429:
+        return ApiError(
+            429,
+            "The model's server is overloaded. Try again later.",
+            code="engine_overloaded",
+            stage="backend",
+            kind="rate_limit_error",
+            headers=RETRY_AFTER,
+        )
+    if answer.status == 503:
+        call.gateway.engine.look_again()
+        return unavailable(
+            "The model is not available. Try again later.", code="engine_unavailable", stage="backend"
+        )
+    return bad_upstream("The model's server failed to answer.", code="engine_failed")
+
+
+def _parse_error(body: bytes) -> tuple[str, str, str | None]:
+    """Message, code and field of an OpenAI error body; empty when it is not one."""
+    try:
+        error = json.loads(body)["error"]
+        param = error.get("param")
+        field = param if isinstance(param, str) and _FIELD.fullmatch(param) else None
+        return str(error["message"])[:2000], str(error.get("code")), field
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return "", "", None
+
+
+def _prompt_field(call: Call) -> str:
+    return next((name for name in ("messages", "prompt", "input") if name in call.body), "messages")

@@ -1,0 +1,154 @@
+"""The parts of one running gateway, and the start of every request that reaches the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+from fastapi import Request
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
+
+from guard.sealed import Keyring
+from service.audit import AuditRecord
+from service.auth import authenticate
+from service.backend import Backend
+from service.engine import EngineWatch, ReadyEngine
+from service.errors import ApiError, ClientGoneError, bad_request, unknown_model
+from service.metrics import Metrics
+from service.policy import BoundPolicy, Policies
+from service.settings import Settings
+from service.strict_json import parse_object
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """Everything that requests share."""
+
+    settings: Settings
+    policies: Policies
+    keys: Keyring
+    backend: Backend
+    engine: EngineWatch
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
+class Call:
+    """One authenticated request whose body has been read."""
+
+    gateway: Gateway
+    request: Request
+    record: AuditRecord
+    engine: ReadyEngine
+    bound: BoundPolicy
+    body: dict[str, Any]
+    arrived: float
+    """``time.perf_counter()`` when the body was complete."""
+
+    def check_model(self, model: str) -> None:
+        """Raises ApiError 404 unless the engine serves ``model``."""
+        if model != self.engine.status.model:
+            raise unknown_model(model)
+        self.record.model = model
+
+
+def gateway_of(request: Request) -> Gateway:
+    """The gateway that a request came to."""
+    return cast(Gateway, request.app.state.gateway)
+
+
+def record_of(request: Request) -> AuditRecord:
+    """The audit record of a request."""
+    return cast(AuditRecord, request.state.record)
+
+
+def admit(request: Request) -> tuple[Gateway, ReadyEngine, BoundPolicy]:
+    """Authenticate and find policy and engine. Raises ApiError 401 or 503."""
+    gateway, record = gateway_of(request), record_of(request)
+    caller = authenticate(gateway.policies, request.headers.get("authorization"))
+    record.tenant, record.policy = caller.tenant, caller.policy
+    engine = gateway.engine.require()
+    return gateway, engine, engine.policies[caller.policy]
+
+
+async def begin(request: Request) -> Call:
+    """Admit a request and read its body. Raises ApiError."""
+    gateway, engine, bound = admit(request)
+    settings = gateway.settings
+    body = await _read(request, settings)
+    arrived = time.perf_counter()
+    value = parse_object(body, max_depth=settings.max_json_depth)
+    return Call(gateway, request, record_of(request), engine, bound, value, arrived)
+
+
+async def _read(request: Request, settings: Settings) -> bytes:
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    # Web pages can send other types to a loopback port without asking the browser's permission first.
+    if media_type != "application/json" or request.headers.get("content-encoding", "identity") != "identity":
+        raise ApiError(
+            415,
+            "Send the body as 'content-type: application/json', not compressed.",
+            code="unsupported_media_type",
+            stage="request",
+        )
+    limit = settings.max_body_bytes
+    declared = request.headers.get("content-length", "")
+    parts, size = [], int(declared) if declared.isascii() and declared.isdigit() and len(declared) < 20 else 0
+    if size > limit:
+        raise _too_long(limit)
+    size = 0
+    try:
+        async with asyncio.timeout(settings.body_timeout):
+            async for part in request.stream():
+                size += len(part)
+                if size > limit:
+                    raise _too_long(limit)
+                parts.append(part)
+    except TimeoutError:
+        raise ApiError(
+            408, "The request body did not arrive in time.", code="request_timeout", stage="request"
+        ) from None
+    except ClientDisconnect:
+        raise ClientGoneError from None
+    if not size:
+        raise bad_request("The request has no body.", code="invalid_json")
+    return b"".join(parts)
+
+
+def _too_long(limit: int) -> ApiError:
+    return ApiError(
+        413,
+        f"The request body is longer than {limit} bytes.",
+        code="request_too_large",
+        stage="request",
+        headers={"connection": "close"},
+    )
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Do ``work``, but stop it as soon as the client has closed its connection.
+
+    Needs a request whose body has been read. Raises ClientGoneError.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGoneError
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

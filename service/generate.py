@@ -1,0 +1,193 @@
+"""From a validated body to what the client gets: a refusal, a whole answer, or a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Literal
+
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from service.backend import BackendError, TooSlowError
+from service.chat_body import ChatBody
+from service.completion_body import CompletionBody
+from service.errors import ClientGoneError, bad_request, bad_upstream
+from service.exchange import Forward, Judged, exchange
+from service.gateway import Call, unless_gone
+from service.refusal import RefusedAnswer
+from service.stream import (
+    AnswerWatch,
+    SseDecoder,
+    StreamError,
+    completion_tokens,
+    error_frame,
+    parse_json_object,
+)
+
+EVENT_STREAM = "text/event-stream"
+_STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+async def generate(call: Call, body: ChatBody | CompletionBody, route: Literal["chat", "text"]) -> Response:
+    """Answer a generating request. Raises ApiError and ClientGoneError."""
+    call.check_model(body.model)
+    limit = call.gateway.settings.max_siblings
+    if body.siblings > limit:
+        raise bad_request(
+            f"The request asks for {body.siblings} answers; at most {limit} are allowed.", param="n"
+        )
+    forward = Forward(
+        path="/v1/chat/completions" if route == "chat" else "/v1/completions",
+        body=body.forwarded(),
+        siblings=body.siblings,
+        stream=body.streamed,
+        decision=call.bound.decision,
+    )
+    receive = call.request.receive
+    judged = await unless_gone(receive, exchange(call, forward))
+    ready = judged.judged
+    try:
+        if judged.action == "refuse":
+            # Whatever the engine put into the body: it is not read, and the connection is closed at once.
+            await judged.answer.close()
+            response = _refused(call, judged, body, route)
+        elif body.streamed:
+            response = _relayed(call, judged)
+        else:
+            response = await unless_gone(receive, _whole(call, judged))
+            ready = time.perf_counter()  # reading the answer is the engine's time
+    except BaseException:
+        await judged.answer.close()
+        raise
+    call.gateway.metrics.overhead.observe(judged.sent - call.arrived + time.perf_counter() - ready)
+    return response
+
+
+def guard_headers(call: Call, judged: Judged) -> dict[str, str]:
+    """What a client is told of the verdict."""
+    headers = {"x-guard-action": judged.action, "x-guard-policy": call.bound.name}
+    if call.bound.policy.expose_score and judged.verdict and judged.verdict.probability is not None:
+        headers["x-guard-score"] = f"{judged.verdict.probability:.6f}"
+    return headers
+
+
+def _refused(
+    call: Call, judged: Judged, body: ChatBody | CompletionBody, route: Literal["chat", "text"]
+) -> Response:
+    refused = RefusedAnswer(
+        route=route,
+        refusal=call.bound.policy.refusal,
+        request_id=call.record.request_id,
+        model=body.model,
+        siblings=body.siblings,
+        prompt_tokens=judged.verdict.prompt_tokens if judged.verdict else 0,
+    )
+    call.record.completion_tokens = 0
+    headers = guard_headers(call, judged)
+    if not body.streamed:
+        return JSONResponse(refused.body(), headers=headers)
+    frames = b"".join(refused.frames(include_usage=body.include_usage))
+    return Response(frames, headers=headers | _STREAM_HEADERS, media_type=EVENT_STREAM)
+
+
+async def _whole(call: Call, judged: Judged) -> Response:
+    """A passed answer, read to its end, looked at, and handed on byte for byte."""
+    settings, answer = call.gateway.settings, judged.answer
+    try:
+        async with asyncio.timeout(settings.answer_timeout):
+            content = await answer.read(settings.max_answer_bytes)
+    except (BackendError, TimeoutError) as error:
+        raise bad_upstream("The model's answer was cut off.", code="upstream_interrupted") from error
+    finally:
+        await answer.close()
+    value = parse_json_object(content) if answer.media_type == "application/json" else None
+    if value is None or not isinstance(value.get("choices"), list):
+        raise bad_upstream("The model's server sent something that is not an answer.")
+    call.gateway.metrics.first_byte.observe(judged.judged - judged.sent)
+    call.record.completion_tokens = completion_tokens(value)
+    return Response(content, headers=guard_headers(call, judged), media_type="application/json")
+
+
+def _relayed(call: Call, judged: Judged) -> Response:
+    if judged.answer.media_type != EVENT_STREAM:
+        raise bad_upstream("The model's server sent something that is not a stream.")
+    return RelayedStream(call, judged)
+
+
+class RelayedStream(StreamingResponse):
+    """A passed stream: frames go out unchanged as they come in, until ``[DONE]``.
+
+    When the stream breaks off, the client gets an error frame and no ``[DONE]``, at which SDKs raise. When
+    the client goes away, the connection to the engine is closed at once, which stops the generation.
+    """
+
+    def __init__(self, call: Call, judged: Judged) -> None:
+        self._call = call
+        self._judged = judged
+        headers = guard_headers(call, judged) | _STREAM_HEADERS
+        super().__init__((), headers=headers, media_type=EVENT_STREAM)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send everything, and let go of the engine whatever happens."""
+        try:
+            await unless_gone(receive, self._pump(send))
+        finally:
+            await self._judged.answer.close()
+
+    async def _pump(self, send: Send) -> None:
+        limit = self._call.gateway.settings.send_timeout
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with aclosing(self._frames()) as frames:
+            async for frame in frames:
+                try:
+                    async with asyncio.timeout(limit):
+                        await send({"type": "http.response.body", "body": frame, "more_body": True})
+                except TimeoutError:
+                    raise ClientGoneError from None  # it is there, but does not read
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _frames(self) -> AsyncGenerator[bytes]:
+        record = self._call.record
+        watch = AnswerWatch()
+        try:
+            async with aclosing(self._sound_frames(watch)) as frames:
+                async for frame in frames:
+                    yield frame
+        except (BackendError, StreamError):
+            yield self._interrupted()
+        else:
+            if watch.failed:
+                record.outcome = "interrupted"
+                self._call.gateway.metrics.errors.labels("stream", "closed").inc()
+        record.completion_tokens = watch.completion_tokens
+
+    async def _sound_frames(self, watch: AnswerWatch) -> AsyncGenerator[bytes]:
+        settings, answer = self._call.gateway.settings, self._judged.answer
+        decoder = SseDecoder(settings.max_answer_bytes)
+        ends = time.perf_counter() + settings.answer_timeout
+        first = True
+        async for chunk in answer.chunks():
+            if first:
+                self._call.gateway.metrics.first_byte.observe(time.perf_counter() - self._judged.sent)
+                first = False
+            for frame in decoder.decode(chunk):
+                watch.look(frame)
+                yield frame
+                if watch.finished:
+                    return
+            if time.perf_counter() > ends:
+                raise TooSlowError("the answer took too long")
+        for frame in decoder.flush():
+            watch.look(frame)
+            yield frame
+        if not watch.finished:
+            raise StreamError("the stream ended before its end was announced")
+
+    def _interrupted(self) -> bytes:
+        self._call.record.outcome = "interrupted"
+        self._call.record.code = "upstream_interrupted"
+        self._call.gateway.metrics.errors.labels("stream", "closed").inc()
+        return error_frame("The model's answer was cut off.", "upstream_interrupted")

@@ -1,0 +1,103 @@
+"""Refusals as a client sees them, made by the gateway alone: no byte of an upstream body goes in.
+
+Style ``message`` reads like an answer: the text stands in ``content`` and in ``refusal``, the reason is
+``stop``. Style ``content_filter`` has no content and the finish reason ``content_filter``, at which OpenAI's
+SDK raises from ``.parse()`` and ``.stream()`` with a response format. Text completions have no ``refusal``.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from service.policy import Refusal
+
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True)
+class RefusedAnswer:
+    """Everything that the shape of one refusal depends on."""
+
+    route: Literal["chat", "text"]
+    refusal: Refusal
+    request_id: str
+    model: str
+    siblings: int
+    prompt_tokens: int
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def body(self) -> dict[str, Any]:
+        """The answer to a request without ``stream``."""
+        choices = [self._choice(index) for index in range(self.siblings)]
+        return self._envelope(choices, chunk=False) | {"usage": self._usage()}
+
+    def frames(self, *, include_usage: bool) -> Iterator[bytes]:
+        """The frames of a stream, ``[DONE]`` included."""
+        usage: dict[str, Any] = {"usage": None} if include_usage else {}
+        for index in range(self.siblings):
+            for choice in self._chunks(index):
+                yield _frame(self._envelope([choice], chunk=True) | usage)
+        if include_usage:
+            yield _frame(self._envelope([], chunk=True) | {"usage": self._usage()})
+        yield DONE
+
+    @property
+    def _reason(self) -> str:
+        return "stop" if self.refusal.style == "message" else "content_filter"
+
+    @property
+    def _content(self) -> str:
+        return self.refusal.text if self.refusal.style == "message" else ""
+
+    def _choice(self, index: int) -> dict[str, Any]:
+        if self.route == "text":
+            return self._text_choice(index, self._content, self._reason)
+        message = {"role": "assistant", "content": self._content, "refusal": self.refusal.text}
+        return {"index": index, "message": message, "logprobs": None, "finish_reason": self._reason}
+
+    def _chunks(self, index: int) -> Iterator[dict[str, Any]]:
+        if self.route == "text":
+            yield self._text_choice(index, self._content, None)
+            yield self._text_choice(index, "", self._reason)
+            return
+        yield _chat_chunk(index, {"role": "assistant", "content": ""})
+        # Both in one delta: a client that parses the content as JSON must know at once that it is a refusal.
+        delta = {"content": self._content} if self._content else {}
+        yield _chat_chunk(index, delta | {"refusal": self.refusal.text})
+        yield _chat_chunk(index, {}, self._reason)
+
+    @staticmethod
+    def _text_choice(index: int, text: str, reason: str | None) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+
+    def _envelope(self, choices: list[dict[str, Any]], *, chunk: bool) -> dict[str, Any]:
+        if self.route == "text":
+            prefix, kind = "cmpl", "text_completion"
+        else:
+            prefix, kind = "chatcmpl", "chat.completion.chunk" if chunk else "chat.completion"
+        return {
+            "id": f"{prefix}-{self.request_id}",
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
+
+    def _usage(self) -> dict[str, int]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": 0,
+            "total_tokens": self.prompt_tokens,
+        }
+
+
+def _chat_chunk(index: int, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+
+
+def _frame(value: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"

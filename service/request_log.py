@@ -1,0 +1,98 @@
+"""The outermost layer: request ids, the audit line, and the last resort for errors nobody expected."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import traceback
+import uuid
+from datetime import UTC, datetime
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.audit import AuditRecord
+from service.errors import ApiError, ClientGoneError
+from service.metrics import Metrics
+
+logger = logging.getLogger("neuronguard.gateway")
+
+REQUEST_ID_HEADER = "x-request-id"
+UNAUDITED = ("/healthz", "/readyz", "/metrics", "/openapi.json")
+_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/moderations", "/v1/models")
+
+
+class RequestLog:
+    """ASGI middleware. Handlers find the record of their request in ``request.state.record``."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        record = AuditRecord(
+            time=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            request_id=_request_id(Headers(scope=scope).get(REQUEST_ID_HEADER)),
+            route=_route(scope["path"]),
+        )
+        scope.setdefault("state", {})["record"] = record
+        started = time.perf_counter()
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = record.request_id
+            await send(message)
+
+        with self.metrics.inflight.track_inprogress():
+            try:
+                await self.app(scope, receive, send_with_id)
+            except ClientGoneError:
+                record.outcome = "client_gone"
+                record.status = record.status or 499
+            except Exception as error:
+                # The message may quote a prompt, so only the kind of error and its place are logged.
+                logger.error("request %s failed: %s", record.request_id, _place(error))
+                self.metrics.errors.labels("internal", "closed").inc()
+                if record.status is not None:
+                    record.outcome = "interrupted"
+                    raise RuntimeError("an answer broke off, see the line above") from None
+                failure = ApiError(
+                    500,
+                    "The gateway failed to handle this request.",
+                    code="internal_error",
+                    stage="internal",
+                    kind="server_error",
+                )
+                record.code = failure.code
+                await failure.response()(scope, receive, send_with_id)
+            finally:
+                elapsed = time.perf_counter() - started
+                record.total_seconds = round(elapsed, 6)
+                if record.upstream_id is not None:
+                    self.metrics.request_seconds.observe(elapsed)
+                if scope["path"] not in UNAUDITED:
+                    record.write()
+
+
+def _request_id(sent: str | None) -> str:
+    return sent if sent is not None and _SANE_ID.fullmatch(sent) else uuid.uuid4().hex
+
+
+def _route(path: str) -> str:
+    if path.startswith("/v1/models/"):
+        return "/v1/models/{id}"
+    return path if path in _ROUTES else "unknown"
+
+
+def _place(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)[-4:]
+    return " < ".join(
+        [type(error).__name__, *(f"{frame.filename}:{frame.lineno}" for frame in reversed(frames))]
+    )

@@ -1,0 +1,91 @@
+"""Settings of one gateway process, read from environment variables that begin with ``NEURONGUARD_``."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, HttpUrl, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.errors import ConfigError
+
+PREFIX = "NEURONGUARD_"
+
+
+class Settings(BaseSettings):
+    """All times are in seconds, all sizes in bytes."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    engine_url: HttpUrl = HttpUrl("http://127.0.0.1:8001")
+    """Where the guarded vLLM listens; without a path."""
+    key_file: Path
+    """The key ring shared with the engine (``guard.sealed.Keyring``)."""
+    policy_file: Path | None = None
+    """Policies and API keys. Without one: refuse at the engine's default decision, no API keys."""
+    host: str = "127.0.0.1"
+    """Address to bind. Anything but loopback needs API keys in the policy file."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    audit_scores: bool = False
+    """Write P(unsafe) into the audit log."""
+
+    connect_timeout: float = Field(default=2.0, gt=0)
+    """To reach the engine, and to get one of ``max_connections``."""
+    verdict_timeout: float = Field(default=60.0, gt=0)
+    """From sending a streamed or check-only request to its verdict: queueing and prefill."""
+    answer_timeout: float = Field(default=1800.0, gt=0)
+    """For a whole answer. The verdict of an answer that is not streamed arrives with its end."""
+    idle_timeout: float = Field(default=60.0, gt=0)
+    """Between two chunks of an answer."""
+    send_timeout: float = Field(default=60.0, gt=0)
+    """For a client to take one chunk."""
+    body_timeout: float = Field(default=30.0, gt=0)
+    """For a client to send its whole request body."""
+    status_timeout: float = Field(default=2.0, gt=0)
+    """For the engine to answer a status request."""
+    status_interval: float = Field(default=2.0, gt=0)
+    """Between two status requests while the engine is ready."""
+    directive_lifetime: float = Field(default=30.0, gt=0, le=600)
+    """How long a directive may travel before the engine's API server refuses it."""
+    shutdown_timeout: int = Field(default=30, ge=0)
+    """How long running answers may go on after a stop signal."""
+
+    max_connections: int = Field(default=1024, ge=1)
+    """Requests at the engine at one time; more wait up to ``connect_timeout``, then get a 503."""
+    max_body_bytes: int = Field(default=1 << 20, ge=1)
+    max_json_depth: int = Field(default=64, ge=1, le=256)
+    max_answer_bytes: int = Field(default=64 << 20, ge=1)
+    """Of an answer that is not streamed, and of one frame of a stream."""
+    max_siblings: int = Field(default=128, ge=1, le=1024)
+    """Prompts times ``n`` of one request."""
+    max_moderation_inputs: int = Field(default=32, ge=1, le=1024)
+
+    @property
+    def loopback(self) -> bool:
+        """Whether ``host`` can be reached from this machine only."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    @property
+    def engine_base(self) -> str:
+        """The engine's URL without a trailing slash."""
+        return str(self.engine_url).rstrip("/")
+
+
+def load_settings() -> Settings:
+    """Read the environment. Raises ConfigError with one sentence that names the variable."""
+    try:
+        return Settings()  # type: ignore[call-arg]  # the values come from the environment
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = PREFIX + "_".join(str(part) for part in first["loc"]).upper()
+        if first["type"] == "missing":
+            raise ConfigError(f"The environment variable {name} is not set.") from error
+        raise ConfigError(f"The environment variable {name} is wrong: {first['msg']}.") from error

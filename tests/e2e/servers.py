@@ -1,0 +1,123 @@
+"""The two real processes: a guarded vLLM API server and a gateway in front of it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import yaml
+
+ENGINE_FLAGS = (
+    *("--dtype", "float32", "--max-model-len", "512", "--block-size", "32"),
+    *("--max-num-seqs", "32", "--max-num-batched-tokens", "256", "--num-gpu-blocks-override", "300"),
+    *("--uvicorn-log-level", "warning"),
+)
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "HF_HUB_OFFLINE": "1",
+}
+API_KEYS = {name: f"sk-test-{name}" for name in ("message", "content_filter", "observe", "scored")}
+POLICIES = {
+    "policies": {
+        "message": {},
+        "content_filter": {"refusal": {"style": "content_filter", "text": "No."}},
+        "observe": {"mode": "observe", "expose_score": True},
+        "scored": {"expose_score": True},
+    },
+    "keys": [
+        {"sha256": hashlib.sha256(key.encode()).hexdigest(), "tenant": "tests", "policy": name}
+        for name, key in API_KEYS.items()
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Where to find the processes."""
+
+    engine: str
+    gateway: str
+    log: Path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def process(command: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A child in its own process group, which is gone afterwards."""
+    unset = {"VLLM_ENABLE_V1_MULTIPROCESSING"}  # set in this process for in-process engines
+    inherited = {k: v for k, v in os.environ.items() if k not in unset}
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            command, env={**inherited, **environment}, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        yield child
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGTERM)
+        try:
+            child.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait(30)
+
+
+def wait_until(url: str, child: subprocess.Popen[bytes], log: Path, seconds: float = 240.0) -> None:
+    """Return when ``url`` answers 200."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if child.poll() is not None:
+            break
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(url, timeout=2.0).status_code == 200:
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"{url} is not ready (exit status {child.poll()}): {log.read_text()[-3000:]}")
+
+
+@contextlib.contextmanager
+def engine(model: Path, bundle: Path, key_file: Path, name: str, log: Path) -> Iterator[str]:
+    """A guarded vLLM server; yields its URL when the self-test has passed."""
+    port = free_port()
+    command = [
+        *(sys.executable, "-m", "guard.engine", "--model", str(model), "--bundle", str(bundle)),
+        *("--key-file", str(key_file), "--served-model-name", name, "--host", "127.0.0.1"),
+        *("--port", str(port), *ENGINE_FLAGS),
+    ]
+    with process(command, ENVIRONMENT, log) as child:
+        wait_until(f"http://127.0.0.1:{port}/guard/status", child, log)
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def gateway(engine_url: str, key_file: Path, folder: Path) -> Iterator[str]:
+    """A gateway with one API key for each policy; yields its URL when it is ready."""
+    port, policies, log = free_port(), folder / "policies.yaml", folder / "gateway.log"
+    policies.write_text(yaml.safe_dump(POLICIES))
+    environment = {
+        "NEURONGUARD_ENGINE_URL": engine_url,
+        "NEURONGUARD_KEY_FILE": str(key_file),
+        "NEURONGUARD_POLICY_FILE": str(policies),
+        "NEURONGUARD_PORT": str(port),
+        "NEURONGUARD_MAX_CONNECTIONS": "512",
+    }
+    with process([sys.executable, "-m", "service"], environment, log) as child:
+        wait_until(f"http://127.0.0.1:{port}/readyz", child, log)
+        yield f"http://127.0.0.1:{port}"

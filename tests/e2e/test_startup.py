@@ -1,0 +1,188 @@
+"""What does not start, and the sentence it ends in. Needs vLLM's configuration, but no engine."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from guard.bundle import Bundle
+from guard.engine import compat, launch
+from guard.engine.config import AUDIENCE_ENV, KEY_FILE_ENV, GuardConfig, verify_served_model
+from guard.engine.errors import GuardStartupError
+from tests.e2e.inprocess import ENGINE, SETTINGS
+from tests.engine import world
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _settings():
+    os.environ.update(SETTINGS)
+
+
+def configuration(model, **options):
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(model=str(model), **{**ENGINE, **options}).create_engine_config()
+
+
+def refused(config):
+    from guard.engine.support import refuse_unsupported
+
+    with pytest.raises(GuardStartupError) as caught:
+        refuse_unsupported(config)
+    return str(caught.value)
+
+
+def test_supported_configuration_is_not_refused(tiny_model):
+    from guard.engine.support import refuse_unsupported
+
+    refuse_unsupported(configuration(tiny_model))
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"enforce_eager": False}, "--enforce-eager"),
+        ({"enable_lora": True}, "--enable-lora"),
+        ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
+        ({"tensor_parallel_size": 2}, "--tensor-parallel-size"),
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
+         "--speculative-config"),
+        ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+         "--kv-transfer-config"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_unsupported_option_is_refused_by_name(tiny_model, options, name):
+    assert name in refused(configuration(tiny_model, **options))
+
+
+def test_options_that_no_cpu_configuration_can_have_are_refused_too(tiny_model):
+    config = configuration(tiny_model)
+    config.scheduler_config.async_scheduling = True
+    assert "--no-async-scheduling" in refused(config)
+
+
+def test_development_mode_is_refused(tiny_model, monkeypatch):
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
+    assert "VLLM_SERVER_DEV_MODE" in refused(configuration(tiny_model))
+
+
+def test_unknown_architecture_is_refused(tiny_model):
+    config = configuration(tiny_model)
+    fake = SimpleNamespace(
+        **{
+            name: getattr(config.model_config, name)
+            for name in (
+                "quantization",
+                "enable_prompt_embeds",
+                "runner_type",
+                "is_multimodal_model",
+                "is_encoder_decoder",
+                "enforce_eager",
+            )
+        },
+        architectures=["MixtralForCausalLM"],
+    )
+    told = refused(
+        SimpleNamespace(
+            model_config=fake,
+            parallel_config=config.parallel_config,
+            speculative_config=None,
+            lora_config=None,
+            kv_transfer_config=None,
+            scheduler_config=config.scheduler_config,
+        )
+    )
+    assert "MixtralForCausalLM" in told
+    assert "LlamaForCausalLM" in told
+
+
+class TestCompat:
+    def test_installed_version_is_known(self):
+        assert compat.check().startswith("0.32.")
+
+    def test_unknown_version_is_refused_and_can_be_overridden(self, monkeypatch):
+        import vllm
+
+        monkeypatch.setattr(vllm, "__version__", "0.99.1")
+        with pytest.raises(GuardStartupError, match=r"NEURONGUARD_UNTESTED_VLLM=0\.99\.1"):
+            compat.check()
+        monkeypatch.setenv(compat.OVERRIDE_ENV, "0.99.1")
+        assert compat.check() == "0.99.1"
+
+    def test_changed_signature_is_refused_even_then(self, monkeypatch):
+        name = "vllm.v1.core.sched.scheduler:Scheduler.add_request"
+        monkeypatch.setitem(compat.SIGNATURES, name, ("self", "request", "new"))
+        monkeypatch.setitem(compat.FIELDS, "vllm.v1.outputs:ModelRunnerOutput", ("gone",))
+        with pytest.raises(GuardStartupError) as caught:
+            compat.check()
+        assert name in str(caught.value)
+        assert "no field gone" in str(caught.value)
+
+
+class TestModelBinding:
+    def test_other_weights_are_refused(self, tiny_bundle, tiny_model, tmp_path, reference):
+        import torch
+        from safetensors.torch import load_file, save_file
+
+        other = world.make_model(tmp_path / "other")
+        tensors = load_file(other / "model.safetensors")
+        tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], 1.01)
+        save_file(tensors, other / "model.safetensors", {"format": "pt"})
+        with pytest.raises(GuardStartupError, match="weights digest"):
+            verify_served_model(tiny_bundle, str(other), str(other), reference.model.config)
+
+    def test_other_chat_template_is_refused(self, tiny_bundle, tiny_model, tmp_path, reference):
+        other = world.make_model(tmp_path / "other")
+        (other / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+        with pytest.raises(GuardStartupError, match="chat template digest"):
+            verify_served_model(tiny_bundle, str(other), str(other), reference.model.config)
+
+    def test_swapped_bundle_is_refused(self, tiny_bundle, tiny_bundle_dir):
+        config = GuardConfig.for_bundle(str(tiny_bundle_dir), tiny_bundle)
+        changed = config.model_copy(update={"bundle_sha256": "0" * 64})
+        with pytest.raises(GuardStartupError, match="has changed"):
+            changed.load_bundle()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (["--bundle", "/nowhere"], "not a readable bundle"),
+        (["--model", "some/hub-name"], "expected a local directory"),
+        (["--key-file", "/nowhere"], "cannot read the key file"),
+        (["--guard-fpr", "0.5"], "there are: 0.01, 0.001"),
+        (["--worker-cls", "some.Worker"], "the guard's own"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_launcher_ends_in_one_sentence(
+    tiny_model, tiny_bundle_dir, key_file, change, sentence, monkeypatch, capsys
+):
+    for name in (AUDIENCE_ENV, KEY_FILE_ENV):  # the launcher sets them for its child processes
+        monkeypatch.setenv(name, "")
+    options = {"--model": str(tiny_model), "--bundle": str(tiny_bundle_dir), "--key-file": str(key_file)}
+    options.update([change])
+    assert launch.main([part for item in options.items() for part in item]) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert sentence in line
+
+
+def test_bundle_that_scores_otherwise_does_not_serve(tiny_model, tiny_bundle, tmp_path):
+    """The self-test in a real engine: a probe that was changed after its self-test was recorded."""
+    from guard.engine import selftest
+    from tests.e2e.inprocess import ask, guarded, sampling, shut_down
+
+    weight = tiny_bundle.weight.copy()
+    weight[3] += 0.5
+    Bundle(tiny_bundle.card, weight, tiny_bundle.bias).save(tmp_path / "bundle")
+    llm = guarded(tiny_model, tmp_path / "bundle")
+    try:
+        with pytest.raises(GuardStartupError, match="self-test failed"):
+            selftest.run(llm, tiny_bundle.card.self_test.prompts)
+        assert ask(llm, world.prompts(2), sampling())[0].verdict.reason == "not_ready"
+    finally:
+        shut_down(llm)

@@ -1,0 +1,141 @@
+"""The gateway's knowledge of the engine, as operators see it."""
+
+import asyncio
+from pathlib import Path
+
+import httpx
+import pytest
+from prometheus_client import CollectorRegistry
+
+from guard.verdict import EngineStatus
+from service.backend import Backend, BackendError, BrokenError, UnreachableError
+from service.engine import EngineWatch
+from service.errors import ApiError
+from service.metrics import Metrics
+from service.policy import load_policies
+from service.settings import Settings
+from tests.service.world import BAD_CHAT, CHAT, MODEL, World, a_status, eventually, world
+
+
+async def until_ready(w: World, ready: bool) -> None:
+    await eventually(lambda: (w.app.state.gateway.engine.ready is not None) == ready)
+
+
+async def test_ready_only_after_the_self_test(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        w.engine.status = a_status(state="starting", detail="self-test 3/8")
+        await until_ready(w, False)
+        response = await w.client.get("/readyz")
+        assert response.status_code == 503
+        assert "self-test 3/8" in response.json()["detail"]
+        assert (await w.client.get("/healthz")).status_code == 200
+        assert w.total("guard_upstream_up") == 0
+        w.engine.status = a_status()
+        await until_ready(w, True)
+        assert (await w.client.get("/readyz")).json() == {"status": "ready"}
+        assert w.total("guard_upstream_up") == 1
+
+
+async def test_a_new_bundle_moves_the_thresholds(tmp_path: Path) -> None:
+    text = "policies: {default: {rules: [{above: {fpr: 0.01}, action: refuse}]}}"
+    async with world(tmp_path, text) as w:
+        assert (await w.client.post("/v1/chat/completions", json=BAD_CHAT)).headers[
+            "x-guard-action"
+        ] == "refuse"
+        stricter = a_status().thresholds[1].model_copy(update={"probability": 0.99})
+        w.engine.status = a_status(bundle="c" * 64, thresholds=(stricter,))
+        watch = w.app.state.gateway.engine
+        await eventually(lambda: watch.ready is not None and watch.ready.status.bundle == "c" * 64)
+        assert (await w.client.post("/v1/chat/completions", json=BAD_CHAT)).headers[
+            "x-guard-action"
+        ] == "pass"
+        info = {"model": MODEL, "probe": "unsafe_output"}
+        assert w.metric("guard_bundle_info", digest="c" * 64, **info) == 1
+        assert w.total("guard_bundle_info") == 1
+
+
+async def test_a_policy_that_the_bundle_cannot_meet_keeps_the_gateway_closed(tmp_path: Path) -> None:
+    text = "policies: {default: {rules: [{above: {fpr: 0.5}, action: refuse}]}}"
+    async with world(tmp_path, text, ready=False) as w:
+        await eventually(lambda: "fpr" in w.app.state.gateway.engine.why)
+        assert (await w.client.get("/readyz")).status_code == 503
+        assert (await w.client.post("/v1/chat/completions", json=CHAT)).status_code == 503
+
+
+async def test_another_audience_is_picked_up_at_once(tmp_path: Path) -> None:
+    async with world(tmp_path, status_interval=60.0) as w:
+        w.engine.status = a_status(audience="engine-b")
+        refused = await w.client.post("/v1/chat/completions", json=CHAT)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "guard_directive_refused")
+        watch = w.app.state.gateway.engine
+        await eventually(lambda: watch.ready.status.audience == "engine-b")
+        assert (await w.client.post("/v1/chat/completions", json=CHAT)).status_code == 200
+
+
+class ScriptedBackend:
+    """A backend whose status is a list of what happens."""
+
+    name = "engine"
+
+    def __init__(self, *script: EngineStatus | BackendError) -> None:
+        self.script = list(script)
+
+    async def status(self) -> EngineStatus:
+        step = self.script.pop(0)
+        if isinstance(step, BackendError):
+            raise step
+        return step
+
+
+def watching(*script: EngineStatus | BackendError) -> EngineWatch:
+    backend: object = ScriptedBackend(*script)
+    return EngineWatch(backend, load_policies(None), Metrics(CollectorRegistry()), 1.0)  # type: ignore[arg-type]
+
+
+async def test_one_missed_status_is_forgiven_three_are_not() -> None:
+    away = UnreachableError("away")
+    watch = watching(away, a_status(), away, away, a_status(), away, away, away)
+    ready = []
+    for _ in range(8):
+        await watch.poll()
+        ready.append(watch.ready is not None)
+    assert ready == [False, True, True, True, True, True, True, False]
+    with pytest.raises(ApiError) as caught:
+        watch.require()
+    assert caught.value.status == 503
+
+
+async def test_an_engine_that_says_it_is_not_ready_is_believed_at_once() -> None:
+    watch = watching(a_status(), a_status(state="failed", detail="self-test"))
+    await watch.poll()
+    await watch.poll()
+    assert watch.ready is None
+    assert "self-test" in watch.why
+
+
+async def test_the_watch_survives_what_nobody_expected() -> None:
+    watch = watching()  # popping from an empty script is an IndexError
+    task = asyncio.create_task(watch.run())
+    await eventually(lambda: "IndexError" in watch.why)
+    assert not task.done()
+    task.cancel()
+
+
+@pytest.mark.parametrize(
+    ("status", "content", "error"),
+    [
+        (200, b"{}", BrokenError),
+        (200, b"<html>", BrokenError),
+        (404, b'{"detail": "Not Found"}', BrokenError),
+        (503, b'{"error": {"code": "guard_starting"}}', UnreachableError),
+        (200, a_status(state="starting").model_dump_json().encode(), BrokenError),
+        (503, a_status().model_dump_json().encode(), BrokenError),
+        (200, b" " * (2 << 20), BrokenError),
+    ],
+)
+async def test_a_status_that_is_none(status: int, content: bytes, error: type[BackendError]) -> None:
+    transport = httpx.MockTransport(lambda request: httpx.Response(status, content=content))
+    backend = Backend(Settings(key_file=Path("k")), transport)
+    with pytest.raises(error):
+        await backend.status()
+    await backend.close()

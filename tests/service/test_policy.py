@@ -1,0 +1,127 @@
+from pathlib import Path
+
+import pytest
+
+from guard.verdict import Rule
+from service.policy import PolicyError, bind, load_policies
+from tests.service.world import a_status
+
+KEY = "a" * 64
+
+
+def load(folder: Path, text: str):
+    file = folder / "policy.yaml"
+    file.write_text(text)
+    return load_policies(file)
+
+
+def test_without_a_file_the_engines_default_is_enforced() -> None:
+    bound = bind(load_policies(None), a_status())["default"]
+    assert bound.decision.mode == "enforce"
+    assert bound.decision.rules == (Rule(above=0.5, action="refuse"),)
+    assert bound.policy.refusal.style == "message"
+    assert bound.policy.refusal.text == "I can't help with that."
+    assert bound.policy.on_missing_verdict == "closed"
+    assert not bound.policy.expose_score
+
+
+def test_fpr_becomes_the_probability_of_the_bundle_in_force(tmp_path: Path) -> None:
+    policies = load(
+        tmp_path,
+        "policies: {default: {rules: [{above: {fpr: 0.01}, action: refuse}, {above: 0.3, action: tag}]}}",
+    )
+    bound = bind(policies, a_status())["default"]
+    assert bound.decision.rules == (Rule(above=0.5, action="refuse"), Rule(above=0.3, action="tag"))
+    assert bound.decision.policy == "default"
+
+
+WRONG = {
+    "unknown key": ("policies: {default: {mood: good}}", "policies.default.mood is not a known key"),
+    "unknown top key": ("policies: {default: {}}\nextra: 1", "extra is not a known key"),
+    "wrong mode": ("policies: {default: {mode: off}}", "policies.default.mode"),
+    "no default": ("policies: {other: {}}", "there must be a policy named 'default'"),
+    "empty file": ("", "valid dictionary"),
+    "not yaml": ("policies: {", "not valid YAML"),
+    "key twice": ("policies: {default: {mode: observe, mode: enforce}}", "the key 'mode' is given twice"),
+    "patch": (
+        "policies: {default: {rules: [{above: 0.5, action: patch}]}}",
+        "action 'patch' is not yet supported",
+    ),
+    "escalate": (
+        "policies: {default: {rules: [{above: 0.5, action: escalate}]}}",
+        "action 'escalate' is not yet supported",
+    ),
+    "azure": ("policies: {default: {refusal: {style: azure}}}", "style 'azure' is not yet supported"),
+    "judges": ("policies: {default: {}}\njudges: {}", "'judges' is not yet supported"),
+    "rate": (
+        f"policies: {{default: {{}}}}\nkeys: [{{sha256: {KEY}, tenant: a, requests_per_minute: 6}}]",
+        "'requests_per_minute' in keys is not yet supported",
+    ),
+    "above one": ("policies: {default: {rules: [{above: 1.5, action: refuse}]}}", "rules.0.above"),
+    "nan": ("policies: {default: {rules: [{above: .nan, action: refuse}]}}", "rules.0.above"),
+    "no rules": ("policies: {default: {rules: []}}", "policies.default.rules"),
+    "dead rule": (
+        "policies: {default: {rules: [{above: 0.4, action: tag}, {above: 0.6, action: refuse}]}}",
+        "rule 2 can never match",
+    ),
+    "equal rules": (
+        "policies: {default: {rules: [{above: 0.4, action: tag}, {above: 0.4, action: refuse}]}}",
+        "rule 2 can never match",
+    ),
+    "dead rate": (
+        "policies: {default: {rules: "
+        "[{above: {fpr: 0.01}, action: tag}, {above: {fpr: 0.001}, action: refuse}]}}",
+        "rule 2 can never match",
+    ),
+    "key without policy": (
+        f"policies: {{default: {{}}}}\nkeys: [{{sha256: {KEY}, tenant: a, policy: gone}}]",
+        "names 'gone'",
+    ),
+    "same key twice": (
+        f"policies: {{default: {{}}}}\nkeys: [{{sha256: {KEY}, tenant: a}}, {{sha256: {KEY}, tenant: b}}]",
+        "twice",
+    ),
+    "plain key": ("policies: {default: {}}\nkeys: [{sha256: sk-secret, tenant: a}]", "keys.0.sha256"),
+    "name that is no label": ("policies: {default: {}, 'a b': {}}", "policies"),
+    "boolean for a number": (
+        "policies: {default: {rules: [{above: true, action: refuse}]}}",
+        "rules.0.above",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_file_is_refused_with_file_and_field(name: str, tmp_path: Path) -> None:
+    text, says = WRONG[name]
+    with pytest.raises(PolicyError) as caught:
+        load(tmp_path, text)
+    message = str(caught.value)
+    assert says in message
+    assert "policy.yaml" in message
+    assert "\n" not in message
+
+
+def test_a_wrong_key_is_not_quoted(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError) as caught:
+        load(tmp_path, "policies: {default: {}}\nkeys: [{sha256: sk-secret, tenant: a}]")
+    assert "sk-secret" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match="nowhere"):
+        load_policies(tmp_path / "nowhere.yaml")
+
+
+def test_a_rule_that_the_bundle_makes_dead_is_an_error(tmp_path: Path) -> None:
+    policies = load(
+        tmp_path,
+        "policies: {default: {rules: [{above: 0.4, action: tag}, {above: {fpr: 0.001}, action: refuse}]}}",
+    )
+    with pytest.raises(PolicyError, match="rule 2 can never match"):
+        bind(policies, a_status())
+
+
+def test_a_rate_that_the_bundle_does_not_have_is_an_error(tmp_path: Path) -> None:
+    policies = load(tmp_path, "policies: {default: {rules: [{above: {fpr: 0.02}, action: refuse}]}}")
+    with pytest.raises(PolicyError, match=r"fpr 0\.02.*0\.001, 0\.01, 0\.05"):
+        bind(policies, a_status())

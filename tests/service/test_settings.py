@@ -1,0 +1,61 @@
+from pathlib import Path
+
+import pytest
+
+from service.errors import ConfigError
+from service.settings import Settings, load_settings
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEURONGUARD_KEY_FILE", "keys")
+
+
+def test_values_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEURONGUARD_ENGINE_URL", "http://10.0.0.1:9/")
+    monkeypatch.setenv("NEURONGUARD_PORT", "81")
+    settings = load_settings()
+    assert settings.engine_base == "http://10.0.0.1:9"
+    assert (settings.port, settings.key_file) == (81, Path("keys"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("NEURONGUARD_PORT", "many"),
+        ("NEURONGUARD_ENGINE_URL", "engine"),
+        ("NEURONGUARD_IDLE_TIMEOUT", "0"),
+        ("NEURONGUARD_MAX_SIBLINGS", "5000"),
+    ],
+)
+def test_a_wrong_value_is_one_sentence_with_the_name(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=name) as caught:
+        load_settings()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_key_file_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NEURONGUARD_KEY_FILE")
+    with pytest.raises(ConfigError, match="NEURONGUARD_KEY_FILE is not set"):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        ("127.0.0.1", True),
+        ("127.8.9.1", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("10.0.0.1", False),
+        ("example.org", False),
+        ("", False),
+    ],
+)
+def test_loopback(host: str, loopback: bool) -> None:
+    assert Settings(key_file=Path("k"), host=host).loopback is loopback
