@@ -13,6 +13,8 @@ import random
 import subprocess
 import tempfile
 import time
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import numpy as np
 
 from guard.bundle import Bundle, Site
 from loadtests import random_model
+from loadtests.first_token import measure
 from loadtests.pairs import Child, Interval, run_pairs
 
 LARGE = {
@@ -34,7 +37,6 @@ LARGE = {
 }
 ENGINE = {"max_model_len": 512, "max_num_batched_tokens": 2048, "max_num_seqs": 32, "block_size": 32}
 NEURONS_PER_LAYER = 100
-TARGETS = {"throughput": 0.97, "prefill": 1.03, "refusal": 1.0}
 
 
 def batches(
@@ -94,11 +96,14 @@ def compare(
     finally:
         for engine in engines.values():
             engine.close()
+    click.echo(f"  {model.name}: time to refusal over HTTP", err=True)
+    (prompts,) = batches(1, 2 * pairs, (60, 120), vocabulary, seed=5)
     step = [1e6 * (p.guarded["cpu"] - p.plain["cpu"]) / p.plain["steps"] for p in whole]
     return {
         "throughput": Interval.of([1 / p.ratio("cpu") for p in whole])._asdict(),
         "prefill": Interval.of([p.ratio("cpu") for p in prefill])._asdict(),
         "refusal": Interval.of([p.ratio("wall") for p in refusal])._asdict(),
+        "http": measure(model, refusing, prompts, folder),
         "microseconds_per_step": Interval.of(step)._asdict(),
         "plain_step_microseconds": float(np.median([1e6 * p.plain["cpu"] / p.plain["steps"] for p in whole])),
         "refused_tokens": sum(p.guarded["tokens"] for p in refusal),
@@ -110,21 +115,24 @@ def compare(
 def table(results: dict[str, Any]) -> str:
     """Markdown table of the figures."""
     rows = [
-        ("throughput, guarded / plain", "throughput", "≥ 0.97"),
-        ("prefill time, guarded / plain", "prefill", "≤ 1.03"),
-        ("time to refusal / time to first token, plain", "refusal", "≤ 1"),
-        ("added CPU time a step, µs", "microseconds_per_step", ""),
+        ("throughput, guarded / plain", ("throughput",), "≥ 0.97"),
+        ("prefill time, guarded / plain", ("prefill",), "≤ 1.03"),
+        ("in the engine: time to refusal / time to first token of plain vLLM", ("refusal",), "≤ 1"),
+        ("over HTTP, guarded engine: the same", ("http", "engine"), "≤ 1"),
+        ("over HTTP, through the gateway: the same", ("http", "gateway"), ""),
+        ("plain vLLM's time to first token over HTTP, ms", ("http", "plain_milliseconds"), ""),
+        ("CPU time the guard adds to a step, µs", ("microseconds_per_step",), ""),
     ]
     models = list(results["models"])
     lines = [
         f"| median [95 % interval] | target | {' | '.join(models)} |",
         "|---|---|" + "--:|" * len(models),
     ]
-    for title, key, target in rows:
+    for title, path, target in rows:
         cells = []
         for model in models:
-            value = Interval(**results["models"][model][key])
-            digits = 1 if key == "microseconds_per_step" else 3
+            value = Interval(**reduce(getitem, path, results["models"][model]))
+            digits = 3 if "/" in title or "same" in title else 1
             cells.append(f"{value.median:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]")
         lines.append(f"| {title} | {target} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -1,0 +1,44 @@
+HOST   ?= 127.0.0.1
+PORT   ?= 8080
+PYTHON ?= python3
+# Further options, for example `make serve ARGS=--verbose` or `make test ARGS="tests/guard -x"`.
+ARGS   ?=
+
+PY := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help env serve test lint format bench bundle clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+env:  ## make or complete the environment in .venv
+	@$(PYTHON) scripts/bootstrap.py
+
+serve: env  ## start a guarded endpoint on HOST:PORT (127.0.0.1:8080)
+	@exec $(PY) -m guard.serve --host $(HOST) --port $(PORT) $(ARGS)
+
+test: env  ## run the whole suite
+	OMP_NUM_THREADS=1 $(PY) -m pytest --durations=15 $(ARGS)
+
+lint: env  ## check format, style and types
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+format: env  ## rewrite files in the project's format
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+bench: env  ## measure what the guard costs beside plain vLLM
+	$(PY) -m loadtests.bench $(ARGS)
+
+bundle: env  ## fit the lab model's bundle anew; NEURONGUARD_DATA names the folder of its data
+	$(PY) -m models.recipe.bundle_data --out results/bundle-data
+	.venv/bin/neuronguard fit --model models/lab:lab-partial --data results/bundle-data/fit \
+	    --threshold-data results/bundle-data/threshold --eval-data results/bundle-data/evaluate \
+	    --out models/lab/bundle $(ARGS)
+
+clean:  ## remove caches and build products, and keep .venv
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

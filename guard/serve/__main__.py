@@ -1,0 +1,6 @@
+"""``python -m guard.serve``."""
+
+from guard.serve.command import serve
+
+if __name__ == "__main__":
+    serve()
