@@ -11,8 +11,8 @@ from pathlib import Path
 
 from guard.serve.children import Service
 
-# Lab models are small and were trained on short texts; a model of one's own keeps its own length.
-_LAB_FLAGS = ("--max-model-len", "512")
+# Lab models are small and were trained on short texts; a model of one's own keeps its own length and cache.
+_LAB_FLAGS = ("--max-model-len", "512", "--num-gpu-blocks-override", "512")
 _FLAGS = (
     *("--dtype", "float32"),
     "--enforce-eager",

@@ -92,16 +92,20 @@ def wait_until(url: str, child: subprocess.Popen[bytes], log: Path, seconds: flo
     raise AssertionError(f"{url} is not ready (exit status {child.poll()}): {log.read_text()[-3000:]}")
 
 
-@contextlib.contextmanager
-def engine(model: Path, bundle: Path, key_file: Path, name: str, log: Path) -> Iterator[str]:
-    """A guarded vLLM server; yields its URL when the self-test has passed."""
-    port = free_port()
-    command = [
+def engine_command(model: Path, bundle: Path, key_file: Path, name: str, port: int) -> list[str]:
+    """The command line of a guarded vLLM server."""
+    return [
         *(sys.executable, "-m", "guard.engine", "--model", str(model), "--bundle", str(bundle)),
         *("--key-file", str(key_file), "--served-model-name", name, "--host", "127.0.0.1"),
         *("--port", str(port), *ENGINE_FLAGS),
     ]
-    with process(command, ENVIRONMENT, log) as child:
+
+
+@contextlib.contextmanager
+def engine(model: Path, bundle: Path, key_file: Path, name: str, log: Path) -> Iterator[str]:
+    """A guarded vLLM server; yields its URL when the self-test has passed."""
+    port = free_port()
+    with process(engine_command(model, bundle, key_file, name, port), ENVIRONMENT, log) as child:
         wait_until(f"http://127.0.0.1:{port}/guard/status", child, log)
         yield f"http://127.0.0.1:{port}"
 

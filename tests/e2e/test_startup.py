@@ -12,6 +12,7 @@ from guard.engine import compat, launch
 from guard.engine.config import AUDIENCE_ENV, KEY_FILE_ENV, GuardConfig, verify_served_model
 from guard.engine.errors import GuardStartupError
 from tests.e2e.inprocess import ENGINE, SETTINGS
+from tests.e2e.servers import ENVIRONMENT, engine_command, free_port, process
 from tests.engine import world
 
 
@@ -171,18 +172,30 @@ def test_launcher_ends_in_one_sentence(
     assert sentence in line
 
 
-def test_bundle_that_scores_otherwise_does_not_serve(tiny_model, tiny_bundle, tmp_path):
-    """The self-test in a real engine: a probe that was changed after its self-test was recorded."""
+@pytest.fixture
+def changed_bundle(tiny_bundle, tmp_path):
+    """A bundle whose probe was changed after its self-test was recorded."""
+    weight = tiny_bundle.weight.copy()
+    weight[3] += 0.5
+    return Bundle(tiny_bundle.card, weight, tiny_bundle.bias).save(tmp_path / "bundle")
+
+
+def test_engine_that_scores_otherwise_answers_nobody(tiny_model, tiny_bundle, changed_bundle):
     from guard.engine import selftest
     from tests.e2e.inprocess import ask, guarded, sampling, shut_down
 
-    weight = tiny_bundle.weight.copy()
-    weight[3] += 0.5
-    Bundle(tiny_bundle.card, weight, tiny_bundle.bias).save(tmp_path / "bundle")
-    llm = guarded(tiny_model, tmp_path / "bundle")
+    llm = guarded(tiny_model, changed_bundle)
     try:
         with pytest.raises(GuardStartupError, match="self-test failed"):
             selftest.run(llm, tiny_bundle.card.self_test.prompts)
         assert ask(llm, world.prompts(2), sampling())[0].verdict.reason == "not_ready"
     finally:
         shut_down(llm)
+
+
+def test_server_that_scores_otherwise_stops_and_says_why(tiny_model, changed_bundle, key_file, tmp_path):
+    log = tmp_path / "engine.log"
+    command = engine_command(tiny_model, changed_bundle, key_file, "tiny", free_port())
+    with process(command, ENVIRONMENT, log) as child:
+        assert child.wait(240) == 3
+    assert "self-test failed on" in log.read_text()
