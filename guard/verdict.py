@@ -2,7 +2,7 @@
 
     gateway  --POST body + header x-guard-directive: <sealed Directive>-->  engine's API server
     gateway  <--header x-guard-verdict: <sealed Verdict>-- (before the first byte of any answer)
-    gateway  --GET /guard/status-->  EngineStatus
+    gateway  --GET /guard/status-->  EngineStatus, sealed by header x-guard-status-seal
 
 Rules of the exchange:
 
@@ -31,6 +31,7 @@ from guard.sealed import Keyring, SealError
 DIRECTIVE_HEADER = "x-guard-directive"
 VERDICT_HEADER = "x-guard-verdict"
 STATUS_PATH = "/guard/status"
+STATUS_SEAL_HEADER = "x-guard-status-seal"
 
 Mode = Literal["enforce", "observe", "check"]
 RuleAction = Literal["pass", "tag", "refuse"]
@@ -222,3 +223,18 @@ class EngineStatus(_Wire):
     """What the engine applies to requests without a directive."""
     guard_version: str
     vllm_version: str
+
+    @staticmethod
+    def seal(body: bytes, keys: Keyring) -> str:
+        """The header that goes with a status body. Thresholds come from here, so a gateway must trust it."""
+        return keys.seal("status", hashlib.sha256(body).digest())
+
+    @classmethod
+    def open(cls, body: bytes, seal: str | None, keys: Keyring) -> EngineStatus:
+        """Parse a status body. Raises ValidationError when it is none, SealError when it is forged."""
+        status = cls.model_validate_json(body)
+        if seal is None:
+            raise SealError("missing")
+        if not secrets.compare_digest(keys.open("status", seal), hashlib.sha256(body).digest()):
+            raise SealError("other_body")
+        return status

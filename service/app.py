@@ -49,7 +49,7 @@ def create_app(
         registry = CollectorRegistry()
         ProcessCollector(registry=registry)
     metrics = Metrics(registry)
-    backend = Backend(settings, transport)
+    backend = Backend(settings, keys, transport)
     engine = EngineWatch(backend, policies, metrics, settings.status_interval)
     gateway = Gateway(settings, policies, keys, backend, engine, metrics)
 

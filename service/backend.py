@@ -14,7 +14,8 @@ from collections.abc import AsyncIterator
 import httpx
 from pydantic import ValidationError
 
-from guard.verdict import STATUS_PATH, EngineStatus
+from guard.sealed import Keyring, SealError
+from guard.verdict import STATUS_PATH, STATUS_SEAL_HEADER, EngineStatus
 from service.settings import Settings
 
 _MAX_STATUS_BYTES = 1 << 20
@@ -96,8 +97,11 @@ class EngineAnswer:
 class Backend:
     """The engine's HTTP server."""
 
-    def __init__(self, settings: Settings, transport: httpx.AsyncBaseTransport | None = None) -> None:
+    def __init__(
+        self, settings: Settings, keys: Keyring, transport: httpx.AsyncBaseTransport | None = None
+    ) -> None:
         self._settings = settings
+        self._keys = keys
         limits = httpx.Limits(
             max_connections=settings.max_connections,
             max_keepalive_connections=settings.max_connections,
@@ -159,7 +163,12 @@ class Backend:
         if len(response.content) > _MAX_STATUS_BYTES:
             raise BrokenError("the engine's status is too long")
         try:
-            status = EngineStatus.model_validate_json(response.content)
+            status = EngineStatus.open(response.content, response.headers.get(STATUS_SEAL_HEADER), self._keys)
+        except SealError as error:
+            raise BrokenError(
+                f"the engine's status is not signed with a key of this gateway ({error}); "
+                "do both use the same key file?"
+            ) from error
         except ValidationError as error:
             if response.status_code == 503:
                 raise UnreachableError("the engine is starting") from error

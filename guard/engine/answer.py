@@ -28,8 +28,12 @@ async def read_body(receive: Receive) -> bytes | None:
 
 
 async def answer_json(send: Send, status: int, document: Any, *headers: Header) -> None:
-    """Send a complete JSON answer."""
-    body = json.dumps(document).encode()
+    """Send a document as a complete answer."""
+    await answer_bytes(send, status, json.dumps(document).encode(), *headers)
+
+
+async def answer_bytes(send: Send, status: int, body: bytes, *headers: Header) -> None:
+    """Send a complete answer that is JSON already."""
     fixed = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": [*fixed, *headers]})
     await send({"type": "http.response.body", "body": body})

@@ -22,13 +22,29 @@ import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from guard.engine.answer import HeldAnswer, Receive, Send, answer_json, error_body, read_body, stream_error
+from guard.engine.answer import (
+    HeldAnswer,
+    Receive,
+    Send,
+    answer_bytes,
+    answer_json,
+    error_body,
+    read_body,
+    stream_error,
+)
 from guard.engine.config import CONFIG_KEY, EXTRA_ARG, GuardConfig, audience_from_env, keyring_from_env
 from guard.engine.exchange import CURRENT, Admission, Exchange
 from guard.engine.ledger import STOPPING
 from guard.engine.metrics import DIRECTIVE_ERRORS, MISSING_VERDICTS, VERDICTS
 from guard.engine.readiness import Readiness
-from guard.verdict import DIRECTIVE_HEADER, STATUS_PATH, VERDICT_HEADER, DirectiveError, Verdict
+from guard.verdict import (
+    DIRECTIVE_HEADER,
+    STATUS_PATH,
+    STATUS_SEAL_HEADER,
+    VERDICT_HEADER,
+    DirectiveError,
+    Verdict,
+)
 
 Scope = dict[str, Any]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -145,7 +161,9 @@ class GuardMiddleware:
             )
             return
         status = self._readiness.status
-        await answer_json(send, 200 if status.state == "ready" else 503, status.model_dump(mode="json"))
+        body = status.model_dump_json().encode()
+        seal = [(STATUS_SEAL_HEADER.encode(), status.seal(body, self._keys).encode())] if self._keys else []
+        await answer_bytes(send, 200 if status.state == "ready" else 503, body, *seal)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         sealed = next((v for k, v in scope["headers"] if k == DIRECTIVE_HEADER.encode()), None)

@@ -7,7 +7,8 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
-from guard.verdict import EngineStatus
+from guard.sealed import Keyring
+from guard.verdict import STATUS_SEAL_HEADER, EngineStatus
 from service.backend import Backend, BackendError, BrokenError, UnreachableError
 from service.engine import EngineWatch
 from service.errors import ApiError
@@ -15,6 +16,8 @@ from service.metrics import Metrics
 from service.policy import load_policies
 from service.settings import Settings
 from tests.service.world import BAD_CHAT, CHAT, MODEL, World, a_status, eventually, world
+
+KEYS = Keyring.generate()
 
 
 async def until_ready(w: World, ready: bool) -> None:
@@ -134,8 +137,34 @@ async def test_the_watch_survives_what_nobody_expected() -> None:
     ],
 )
 async def test_a_status_that_is_none(status: int, content: bytes, error: type[BackendError]) -> None:
-    transport = httpx.MockTransport(lambda request: httpx.Response(status, content=content))
-    backend = Backend(Settings(key_file=Path("k")), transport)
     with pytest.raises(error):
-        await backend.status()
-    await backend.close()
+        await ask_status(status, content, EngineStatus.seal(content, KEYS))
+
+
+async def test_a_status_sealed_with_a_shared_key_is_believed() -> None:
+    body = a_status().model_dump_json().encode()
+    assert await ask_status(200, body, EngineStatus.seal(body, KEYS)) == a_status()
+
+
+@pytest.mark.parametrize(
+    "seal",
+    [
+        None,
+        "nonsense",
+        EngineStatus.seal(a_status().model_dump_json().encode(), Keyring.generate()),
+        EngineStatus.seal(a_status(audience="another").model_dump_json().encode(), KEYS),
+    ],
+)
+async def test_a_status_of_somebody_else_is_not_believed(seal: str | None) -> None:
+    with pytest.raises(BrokenError, match="do both use the same key file"):
+        await ask_status(200, a_status().model_dump_json().encode(), seal)
+
+
+async def ask_status(code: int, content: bytes, seal: str | None) -> EngineStatus:
+    headers = {} if seal is None else {STATUS_SEAL_HEADER: seal}
+    transport = httpx.MockTransport(lambda request: httpx.Response(code, content=content, headers=headers))
+    backend = Backend(Settings(key_file=Path("k")), KEYS, transport)
+    try:
+        return await backend.status()
+    finally:
+        await backend.close()

@@ -27,6 +27,7 @@ from guard.sealed import Keyring
 from guard.verdict import (
     DIRECTIVE_HEADER,
     STATUS_PATH,
+    STATUS_SEAL_HEADER,
     VERDICT_HEADER,
     Decision,
     Directive,
@@ -98,6 +99,7 @@ class FakeEngine:
 
     def reset(self) -> None:
         self.status = a_status()
+        self.status_keys = self.keys
         self.seen: list[Seen] = []
         self.nonces: set[str] = set()
         self.aborted = threading.Event()
@@ -117,7 +119,9 @@ class FakeEngine:
             return
         if scope["path"] == STATUS_PATH:
             code = 200 if self.status.state == "ready" else 503
-            await _json(send, code, self.status.model_dump(mode="json"))
+            body = self.status.model_dump_json().encode()
+            seal = (STATUS_SEAL_HEADER.encode(), self.status.seal(body, self.status_keys).encode())
+            await _send(send, code, b"application/json", body, [seal])
             return
         raw = b""
         while True:
