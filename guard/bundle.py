@@ -229,10 +229,17 @@ class Bundle:
             (staging / CARD_FILE).write_bytes(self._card_bytes)
             arrays = {"probe.weight": self.weight, "probe.bias": np.array([self.bias], dtype=np.float32)}
             save_file(arrays, staging / ARRAY_FILE)
+            # Private by default, both of them: a bundle is as readable as any file, whoever serves it.
+            (staging / ARRAY_FILE).chmod(0o644)
             staging.chmod(0o755)
             if target.exists():
-                shutil.rmtree(target)
-            staging.rename(target)
+                # Set aside first: removing takes time, and a reader must not find half a bundle.
+                aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+                target.rename(aside / target.name)
+                staging.rename(target)
+                shutil.rmtree(aside)
+            else:
+                staging.rename(target)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
@@ -256,6 +263,8 @@ class Bundle:
         missing = {"probe.weight", "probe.bias"} - arrays.keys()
         if missing:
             raise BundleError(f"{root / ARRAY_FILE} lacks {', '.join(sorted(missing))}")
+        if arrays["probe.bias"].shape != (1,):
+            raise BundleError(f"probe.bias has shape {list(arrays['probe.bias'].shape)}, expected [1]")
         return cls(card, arrays["probe.weight"], float(arrays["probe.bias"][0]))
 
     def verify_model(self, *, shape: ModelShape, weights_sha256: str, tokenizer_sha256: str) -> None:

@@ -28,12 +28,13 @@ class TooFewBenignError(CalibrationError):
 
     def __init__(self, rate: float, have: int, need: int) -> None:
         super().__init__(
-            f"a false-positive rate of {rate:g} needs at least {need} benign threshold prompts, there are {have}"
+            f"a false-positive rate of {rate:g} needs at least {need} benign threshold prompts, "
+            f"there are {have}"
         )
 
 
 def fit_platt(logits: NDArray[Any], positive: NDArray[np.bool_]) -> Calibration:
-    """Fit slope and offset on logits ``[n]`` of prompts the probe was not fitted on. Raises CalibrationError."""
+    """Fit on logits ``[n]`` of prompts that the probe was not fitted on. Raises CalibrationError."""
     z, n1 = logits.astype(np.float64), int(positive.sum())
     n0 = len(z) - n1
     if not n0 or not n1:
@@ -64,27 +65,35 @@ def prompts_needed(rate: float) -> int:
     return math.ceil(3 / rate - 1e-9)
 
 
-def threshold_at(logits: NDArray[Any], rate: float, calibration: Calibration) -> Threshold:
-    """The threshold that flags at most the share ``rate`` of benign logits ``[n]``.
+def cut(benign: NDArray[Any], rate: float) -> tuple[float, int]:
+    """The score at and above which at most the share ``rate`` of ``benign`` ``[n]`` lies, and how many do.
 
     It lies half-way between the last flagged and the first passed prompt, so that rounding in another engine
-    flips neither. ``upper95`` is the end of the two-sided Clopper-Pearson interval; with a threshold placed
-    between order statistics it bounds the true rate exactly. Raises TooFewBenignError.
+    flips neither.
+    """
+    descending = np.sort(benign.astype(np.float64))[::-1]
+    flagged = math.floor(rate * len(benign) + 1e-9)
+    # Equal scores stand or fall together.
+    while flagged and descending[flagged - 1] == descending[flagged]:
+        flagged -= 1
+    if not flagged:
+        return float(descending[0] + 1e-6 * max(1.0, abs(descending[0]))), 0
+    return float((descending[flagged - 1] + descending[flagged]) / 2), flagged
+
+
+def threshold_at(logits: NDArray[Any], rate: float, calibration: Calibration) -> Threshold:
+    """The operating point that flags at most the share ``rate`` of benign logits ``[n]``.
+
+    ``upper95`` is the end of the two-sided Clopper-Pearson interval; for a threshold placed between order
+    statistics it bounds the true rate exactly. Raises TooFewBenignError, or CalibrationError when the
+    probabilities on both sides of the threshold round to the same number.
     """
     n = len(logits)
     if n < prompts_needed(rate):
         raise TooFewBenignError(rate, n, prompts_needed(rate))
-    descending = np.sort(logits.astype(np.float64))[::-1]
-    flagged = math.floor(rate * n + 1e-9)
-    # Equal scores stand or fall together.
-    while flagged and descending[flagged - 1] == descending[flagged]:
-        flagged -= 1
-    if flagged:
-        logit = float((descending[flagged - 1] + descending[flagged]) / 2)
-    else:
-        logit = float(descending[0] + 1e-6 * max(1.0, abs(descending[0])))
+    logit, flagged = cut(logits, rate)
     probability = calibration.probability(logit)
-    if sum(calibration.probability(float(z)) >= probability for z in descending[: flagged + 1]) != flagged:
+    if sum(calibration.probability(float(z)) >= probability for z in logits) != flagged:
         raise CalibrationError(
             f"probabilities around the threshold for a false-positive rate of {rate:g} cannot be told apart"
         )

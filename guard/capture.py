@@ -83,7 +83,7 @@ def capture(model: Any, sites: Sequence[Site], positions: Tensor) -> Iterator[Ca
 def pad(
     prompts: Sequence[Sequence[int]], *, side: str = "right", pad_token: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids ``[batch, longest]``, attention mask of the same shape, and the last real position ``[batch]``."""
+    """Token ids and attention mask ``[batch, longest]``, and last real positions ``[batch]``."""
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), pad_token, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -121,9 +121,7 @@ def batches(lengths: Sequence[int], *, tokens: int = 8192, rows: int = 64) -> li
     """Indices grouped by similar length: at most ``rows`` rows and about ``tokens`` padded tokens a batch."""
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        full = groups and (
-            len(groups[-1]) >= rows or (len(groups[-1]) + 1) * lengths[index] > tokens
-        )
+        full = groups and (len(groups[-1]) >= rows or (len(groups[-1]) + 1) * lengths[index] > tokens)
         if not groups or full:
             groups.append([])
         groups[-1].append(index)

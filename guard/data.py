@@ -98,9 +98,9 @@ def read_file(path: Path) -> tuple[list[Prompt], int]:
     stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
     prompts: list[Prompt] = []
     unlabelled = 0
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened as lines:
+        with opener(path, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue

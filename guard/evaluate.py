@@ -14,13 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from guard.baselines import Scores
-from guard.calibrate import prompts_needed
-from guard.observe import Observations
+from guard.bundle import Bundle
+from guard.calibrate import cut, prompts_needed
+from guard.data import Dataset
+from guard.observe import Observations, Subject
 from guard.stats import Rate, auroc, auroc_interval, wilson
 from guard.verdict import Threshold
 
 BoolArray = NDArray[np.bool_]
 Document = dict[str, Any]
+
+
+class EvaluationError(ValueError):
+    """An evaluation set cannot test the bundle."""
 
 
 def rate_name(rate: float) -> str:
@@ -68,7 +74,11 @@ def tables(
 
 
 def _harmful_source(
-    seen: Observations, logits: NDArray[Any], flagged: Mapping[str, BoolArray], pool: BoolArray, here: BoolArray
+    seen: Observations,
+    logits: NDArray[Any],
+    flagged: Mapping[str, BoolArray],
+    pool: BoolArray,
+    here: BoolArray,
 ) -> Document:
     answered = here & seen.unsafe
     document: Document = {
@@ -134,7 +144,7 @@ def compare(
         for rate in rates:
             if len(scores.threshold) < prompts_needed(rate):
                 continue
-            flags = scores.evaluate > _cut(scores.threshold, rate)
+            flags = scores.evaluate >= cut(scores.threshold, rate)[0]
             entry["at"][rate_name(rate)] = {
                 "flagged": _share(flags & seen.harmful, seen.harmful).document(),
                 "flagged_of_answered": _share(flags & seen.unsafe, seen.unsafe).document(),
@@ -144,7 +154,46 @@ def compare(
     return document
 
 
-def _cut(benign: NDArray[Any], rate: float) -> float:
-    """The score that at most the share ``rate`` of ``benign`` lie above."""
-    descending = np.sort(benign)[::-1]
-    return float(descending[int(rate * len(benign) + 1e-9)])
+def evaluate_bundle(
+    bundle: Bundle, subject: Subject, dataset: Dataset, *, apart: Collection[str] = ()
+) -> Document:
+    """The whole of ``neuronguard evaluate``: tables for prompts that took no part in fitting ``bundle``.
+
+    Raises BundleError when the bundle belongs to another model, EvaluationError when a file of the set was
+    fitted or calibrated on.
+    """
+    card, checkpoint = bundle.card, subject.checkpoint
+    bundle.verify_model(
+        shape=checkpoint.shape,
+        weights_sha256=checkpoint.weights_sha256,
+        tokenizer_sha256=checkpoint.tokenizer_sha256,
+    )
+    used = {file.sha256: file for file in card.data if file.role != "evaluate"}
+    for file in dataset.files:
+        if file.sha256 in used:
+            raise EvaluationError(
+                f"{file.name} was used to {used[file.sha256].role} this bundle and cannot test it"
+            )
+    seen = subject.observe(dataset)
+    features = subject.features(seen.tokens, card.sites, dataset.role)
+    document: Document = {
+        "bundle": {
+            "digest": bundle.digest,
+            "model": card.model.name,
+            "weights_sha256": card.model.weights_sha256,
+            "label": card.label,
+            "units": sum(len(site.units) for site in card.sites),
+            "sites": len(card.sites),
+            "thresholds": [threshold.model_dump() for threshold in card.thresholds],
+        },
+        "evaluation": tables(seen, bundle.logits(features), card.thresholds, apart=apart),
+        "left_out": {**dataset.dropped, "too long": seen.too_long},
+        "data": [
+            file.model_dump() for file in (*(f for f in card.data if f.role != "evaluate"), *dataset.files)
+        ],
+    }
+    measured = {file.sha256 for file in card.data if file.role == "evaluate"}
+    if measured == {file.sha256 for file in dataset.files} and "comparison" in card.metrics:
+        # Baselines need the fit data; on the same evaluation files the figures made then still hold.
+        document["comparison"] = card.metrics["comparison"]
+    return document

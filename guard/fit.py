@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,18 +17,28 @@ from numpy.typing import NDArray
 
 import guard
 from guard import baselines, evaluate, self_test
-from guard.bundle import Bundle, GuardCard
-from guard.calibrate import CalibrationError, TooFewBenignError, fit_platt, threshold_at
+from guard.bundle import Bundle, Calibration, DataFile, GuardCard
+from guard.calibrate import TooFewBenignError, fit_platt, threshold_at
 from guard.capture import Float32Array
 from guard.data import Dataset
 from guard.observe import Observations, Subject
 from guard.probe import BoolArray, Choice, LinearProbe, choose_strength, fit_probe, select_columns
-from guard.units import Units, columns_within, count, every_neuron, from_columns, random_like, read_units, union
+from guard.units import (
+    Units,
+    columns_within,
+    count,
+    every_neuron,
+    from_columns,
+    random_like,
+    read_units,
+    union,
+)
 from guard.verdict import Threshold
 
 logger = logging.getLogger(__name__)
 
 Target = Literal["unsafe_output", "harmful_prompt"]
+Judged = Literal["all", "harmful", "none"]
 MEMORY_LIMIT = 12 * 2**30
 """Most bytes of activations that one role may take; beyond it units have to be named."""
 
@@ -82,8 +92,8 @@ class Fitted:
     probe: LinearProbe
     choice: Choice
     thresholds: tuple[Threshold, ...]
-    calibration: Any
-    omitted: tuple[str, ...] = field(default=())
+    calibration: Calibration
+    omitted: tuple[str, ...]
     """Why a threshold that was asked for is not there."""
 
 
@@ -109,57 +119,34 @@ def fit_bundle(
     read = union([named, *draws]) if named else every_neuron(shape)
     _check_memory(read, subject, max(len(d.prompts) for d in (fit, threshold, evaluation) if d))
 
-    judged = settings.label == "unsafe_output" or evaluation is not None
-    fitting = _observe(subject, fit, read, judge=judged)
-    benign = _observe(subject, threshold, read, judge=False)
+    fitting = _observe(subject, fit, read, judge="harmful" if settings.label == "unsafe_output" else "none")
+    benign = _observe(subject, threshold, read, judge="none")
     positive = fitting.seen.target(settings.label)
     logger.info("%d prompts to fit on, %d of them positive", len(positive), positive.sum())
 
-    everything = np.arange(fitting.features.shape[1], dtype=np.int64)
     if named:
-        units, chosen = named, columns_within(named, read, shape)
+        units = named
     elif settings.units == "l1":
         chosen = select_columns(fitting.features, positive, settings.max_units, seed=settings.seed)
         units = from_columns(chosen, read, shape)
     else:
-        units, chosen = read, everything
+        units = read
+    columns = columns_within(units, read, shape)
     logger.info("%d units at %d sites", count(units), len(units))
-    fitted = fit_units(units, fitting, benign, chosen, positive, settings)
+    fitted = fit_units(units, fitting, benign, columns, positive, settings)
 
-    metrics: dict[str, Any] = {
-        "fit": {
-            "prompts": len(positive),
-            "positive": int(positive.sum()),
-            "left_out": {
-                role: {**dataset.dropped, "too long": seen.too_long}
-                for role, dataset, seen in (("fit", fit, fitting.seen), ("threshold", threshold, benign.seen))
-            },
-            "folds": "sources" if fitted.choice.by_source else "rows",
-            "inverse_regularisation": fitted.choice.strength,
-            "partial_auroc_by_inverse_regularisation": {
-                f"{strength:g}": score for strength, score in fitted.choice.scores.items()
-            },
-            "thresholds_omitted": list(fitted.omitted),
-        }
-    }
+    metrics: dict[str, Any] = {"fit": _about(fitted, positive, (fit, fitting), (threshold, benign))}
     if evaluation is not None:
-        held_out = _observe(subject, evaluation, read, judge=True)
+        held_out = _observe(subject, evaluation, read, judge="all")
+        logits = fitted.probe.logits(held_out.features[:, columns])
         metrics["evaluation"] = evaluate.tables(
-            held_out.seen,
-            fitted.probe.logits(held_out.features[:, chosen]),
-            fitted.thresholds,
-            apart=settings.apart,
+            held_out.seen, logits, fitted.thresholds, apart=settings.apart
         )
-        roles = fitting, benign, held_out
-        if not draws:
-            draws = _draws(units, subject, settings.seed)
-        metrics["comparison"] = _compare(
-            roles, positive, fitted, settings, {"probe": chosen} | {
-                f"random units, draw {i + 1}": columns_within(draw, read, shape)
-                for i, draw in enumerate(draws)
-                if len(chosen) < len(everything)
-            }
-        )  # fmt: skip
+        selections = {"probe": columns}
+        if len(columns) < fitting.features.shape[1]:
+            for number, draw in enumerate(draws or _draws(units, subject, settings.seed), start=1):
+                selections[f"random units, draw {number}"] = columns_within(draw, read, shape)
+        metrics["comparison"] = _compare((fitting, benign, held_out), positive, fitted, settings, selections)
     files = fit.files + threshold.files + (evaluation.files if evaluation else ())
     return _pack(subject, settings, fitted, files, metrics)
 
@@ -190,7 +177,24 @@ def fit_units(
     return Fitted(units, probe, choice, tuple(thresholds), calibration, tuple(omitted))
 
 
-def _observe(subject: Subject, dataset: Dataset, units: Units, *, judge: bool) -> Role:
+def _about(fitted: Fitted, positive: BoolArray, *roles: tuple[Dataset, Role]) -> dict[str, Any]:
+    """How the fit went, for the card."""
+    return {
+        "prompts": len(positive),
+        "positive": int(positive.sum()),
+        "left_out": {
+            dataset.role: {**dataset.dropped, "too long": role.seen.too_long} for dataset, role in roles
+        },
+        "folds": "sources" if fitted.choice.by_source else "rows",
+        "inverse_regularisation": fitted.choice.strength,
+        "partial_auroc_by_inverse_regularisation": {
+            f"{strength:g}": score for strength, score in fitted.choice.scores.items()
+        },
+        "thresholds_omitted": list(fitted.omitted),
+    }
+
+
+def _observe(subject: Subject, dataset: Dataset, units: Units, *, judge: Judged) -> Role:
     seen = subject.observe(dataset, judge=judge)
     if not seen.prompts:
         raise FitError(f"no {dataset.role} prompt is left; {dataset.dropped or 'the files are empty'}")
@@ -206,8 +210,8 @@ def _check_memory(units: Units, subject: Subject, prompts: int) -> None:
     width = sum(len(subject.checkpoint.shape.columns(site.kind, site.units)) for site in units)
     if width * prompts * 4 > MEMORY_LIMIT:
         raise FitError(
-            f"{prompts} prompts × {width} activations take {width * prompts * 4 / 2**30:.0f} GiB, the limit is "
-            f"{MEMORY_LIMIT / 2**30:.0f}; name the units to read (--units FILE) or give fewer prompts"
+            f"{prompts} prompts × {width} activations take {width * prompts * 4 / 2**30:.0f} GiB, the "
+            f"limit is {MEMORY_LIMIT / 2**30:.0f}; name the units to read (--units FILE) or fewer prompts"
         )
 
 
@@ -231,7 +235,11 @@ def _compare(
 
 
 def _pack(
-    subject: Subject, settings: FitSettings, fitted: Fitted, files: Sequence[Any], metrics: dict[str, Any]
+    subject: Subject,
+    settings: FitSettings,
+    fitted: Fitted,
+    files: Sequence[DataFile],
+    metrics: dict[str, Any],
 ) -> Bundle:
     checkpoint = subject.checkpoint
     measured = self_test.measure(checkpoint, fitted.units, fitted.probe, device=subject.device)
@@ -262,6 +270,3 @@ def _pack(
         },
     )
     return Bundle(card, fitted.probe.weight, float(np.float32(fitted.probe.bias)))
-
-
-__all__ = ["CalibrationError", "FitError", "FitSettings", "Fitted", "Role", "fit_bundle", "fit_units"]

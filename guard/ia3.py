@@ -58,6 +58,8 @@ def fold_checkpoint(
         save_file(
             {k: v.contiguous() for k, v in tensors.items()}, staging / "model.safetensors", {"format": "pt"}
         )
+        # Both are made private to their owner; the checkpoint may be served by another user.
+        (staging / "model.safetensors").chmod(0o644)
         for name in COPIED:
             if (source / name).is_file():
                 shutil.copyfile(source / name, staging / name)

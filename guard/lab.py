@@ -42,7 +42,9 @@ def variants(lab_dir: str | os.PathLike[str]) -> dict[str, Variant]:
         entries = json.loads(file.read_text("utf-8"))["variants"]
         return {name: Variant.model_validate(entry) for name, entry in entries.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
-        raise LabError(f"{file} is not a readable lab file (expected an object 'variants'): {error}") from error
+        raise LabError(
+            f"{file} is not a readable lab file (expected an object 'variants'): {error}"
+        ) from error
 
 
 def materialise(

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -102,8 +102,12 @@ class Subject:
         """How prompts end, see ``guard.prompts.prompt_tails``."""
         return prompt_tails(self.tokenizer)
 
-    def observe(self, dataset: Dataset, *, judge: bool = True) -> Observations:
-        """Tokenise and, with ``judge``, answer and judge all prompts that fit the context."""
+    def observe(self, dataset: Dataset, *, judge: Literal["all", "harmful", "none"] = "all") -> Observations:
+        """Tokenise the prompts that fit the context, answer them and judge the answers.
+
+        ``judge`` says for which: benign answers do not enter a fit, and thresholds need no answers at all.
+        Prompts that are not judged count as not refused.
+        """
         limit = self.checkpoint.context - self.new_tokens
         encoded = [(prompt, encode(self.tokenizer, prompt.chat())) for prompt in dataset.prompts]
         fitting = [
@@ -113,8 +117,9 @@ class Subject:
         ]
         prompts, tokens = tuple(p for p, _ in fitting), tuple(t for _, t in fitting)
         refused = np.zeros(len(prompts), dtype=bool)
-        if judge:
-            refused = np.array([is_refusal(text) for text in self.answers(tokens, dataset.role)], dtype=bool)
+        asked = [i for i, p in enumerate(prompts) if judge == "all" or judge == p.label]
+        answers = self.answers([tokens[i] for i in asked], dataset.role)
+        refused[asked] = [is_refusal(text) for text in answers]
         return Observations(prompts, tokens, refused, len(encoded) - len(fitting))
 
     def answers(self, prompts: Sequence[Tokens], name: str = "prompts") -> list[str]:

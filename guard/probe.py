@@ -15,12 +15,15 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
+from sklearn.svm import l1_min_c
 
 from guard.capture import Float32Array
 
 BoolArray = NDArray[np.bool_]
 STRENGTHS = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 1e-1)
 """Inverse regularisation strengths (scikit-learn's C) that are tried; small is strong."""
+SELECTION_ROWS = 5000
+"""Most prompts that units are chosen on: the choice is stable long before, and takes most of a fit's time."""
 LOW_FPR = 0.05
 """Strengths are compared by the area under the ROC curve up to this false-positive rate: a guard is
 operated at its far left end, and the tail at 1 % alone would be too few prompts to compare on."""
@@ -101,27 +104,25 @@ def _regress(
 
 
 def source_folds(sources: NDArray[np.str_], harmful: BoolArray, *, most: int = 6) -> NDArray[np.int64] | None:
-    """Fold number of each prompt: whole sources, both labels in each fold. None when a label has one source.
+    """Fold number of each prompt: whole sources, both labels in each fold. None when that is impossible.
 
-    Sources are dealt out largest first, each to the fold that has least of its label so far.
+    Sources are dealt out largest first, each to the fold in which its labels are scarcest so far.
     """
-    names = {flag: _by_size(sources[harmful == flag]) for flag in (True, False)}
-    number = min(most, *(len(found) for found in names.values()))
-    if number < 2:
-        return None
-    folds = np.zeros(len(sources), dtype=np.int64)
-    for flag, found in names.items():
-        load = [0] * number
-        for name, size in found:
-            fold = load.index(min(load))
-            load[fold] += size
-            folds[(sources == name) & (harmful == flag)] = fold
-    return folds
-
-
-def _by_size(sources: NDArray[np.str_]) -> list[tuple[str, int]]:
-    names, sizes = np.unique(sources, return_counts=True)
-    return sorted(((str(n), int(s)) for n, s in zip(names, sizes, strict=True)), key=lambda x: (-x[1], x[0]))
+    names = np.unique(sources)
+    # [sources, 2]: how much of each label, as a share of all there is, a source brings.
+    counts = np.array([[(harmful[sources == n] == flag).sum() for flag in (True, False)] for n in names])
+    shares = counts / np.maximum(1, counts.sum(axis=0))
+    number = min(most, *(int(n) for n in (counts > 0).sum(axis=0)))
+    for folds in range(number, 1, -1):
+        load, fold_of = np.zeros((folds, 2)), {}
+        for index in np.argsort(-shares.max(axis=1), kind="stable"):
+            there = shares[index] > 0
+            fold = int(np.argmin((load + shares[index])[:, there].max(axis=1)))
+            load[fold] += shares[index]
+            fold_of[names[index]] = fold
+        if (load > 0).all():
+            return np.array([fold_of[name] for name in sources], dtype=np.int64)
+    return None
 
 
 def choose_strength(
@@ -164,31 +165,39 @@ def choose_strength(
     return Choice(strengths[best], scores, held_out[best], by_source)
 
 
-def select_columns(features: Float32Array, positive: BoolArray, most: int, *, seed: int = 0) -> NDArray[np.int64]:
-    """At most ``most`` feature columns that an L1-regularised fit keeps, ascending.
+def select_columns(
+    features: Float32Array, positive: BoolArray, most: int, *, seed: int = 0
+) -> NDArray[np.int64]:
+    """The ``most`` feature columns that an L1-regularised fit keeps first, ascending; all if there are fewer.
 
-    The penalty is weakened step by step until more columns than wanted survive; the last step inside the
-    limit gives the set. Raises ProbeError when even the strongest penalty keeps too many.
+    The penalty is weakened step by step, each fit starting from the one before, until at least ``most``
+    columns survive; of those the largest weights stay. Raises ProbeError when no column ever does.
     """
-    standardised = Standard.of(features).apply(features)
+    if features.shape[1] <= most:
+        return np.arange(features.shape[1], dtype=np.int64)
+    rows = np.arange(len(positive))
+    if len(rows) > SELECTION_ROWS:
+        rows = np.sort(np.random.default_rng(seed).choice(rows, SELECTION_ROWS, replace=False))
+    standardised, target = Standard.of(features[rows]).apply(features[rows]), positive[rows]
     solver = LogisticRegression(
-        l1_ratio=1.0, solver="saga", class_weight="balanced", max_iter=60, tol=1e-3, warm_start=True,
+        l1_ratio=1.0,
+        solver="saga",
+        class_weight="balanced",
+        max_iter=15,
+        warm_start=True,
         random_state=seed,
-    )  # fmt: skip
-    chosen: NDArray[np.int64] = np.empty(0, dtype=np.int64)
-    for strength in np.geomspace(1e-4, 1.0, 13):
+    )
+    weakest = l1_min_c(standardised, target, loss="log")
+    size = np.zeros(features.shape[1])
+    for factor in np.geomspace(2, 2000, 16):
         with warnings.catch_warnings():
             # Which columns survive settles long before the coefficients do.
             warnings.simplefilter("ignore", ConvergenceWarning)
-            solver.set_params(C=strength).fit(standardised, positive)
-        found = np.flatnonzero(solver.coef_[0])
-        if len(found) > most:
-            if not len(chosen):
-                chosen = np.sort(np.argsort(-np.abs(solver.coef_[0]), kind="stable")[:most])
+            solver.set_params(C=weakest * factor).fit(standardised, target)
+        size = np.abs(solver.coef_[0])
+        if np.count_nonzero(size) >= most:
             break
-        chosen = found
-        if len(found) == features.shape[1]:
-            break
+    chosen = np.argsort(-size, kind="stable")[: min(most, np.count_nonzero(size))]
     if not len(chosen):
         raise ProbeError("the L1 fit keeps no unit; is there any signal in the data?")
-    return chosen.astype(np.int64)
+    return np.sort(chosen).astype(np.int64)

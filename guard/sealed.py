@@ -117,4 +117,8 @@ def _encode(data: bytes) -> str:
 
 
 def _decode(text: str) -> bytes:
-    return base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+    data = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+    # One payload, one spelling: base64 decoders ignore spare bits and accept both alphabets.
+    if _encode(data) != text:
+        raise ValueError("not canonical base64url")
+    return data

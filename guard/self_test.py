@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from guard.bundle import SelfTest, Site
+from guard.bundle import Bundle, SelfTest, Site
 from guard.capture import Float32Array, read_batch
 from guard.checkpoint import Checkpoint
 from guard.probe import LinearProbe
@@ -75,9 +75,7 @@ def measure(
     """Score the mild prompts one by one in each dtype and keep those whose scores lie far apart."""
     tokenizer = checkpoint.load_tokenizer()
     prompts = [encode(tokenizer, [{"role": "user", "content": text}]) for text in MILD_PROMPTS]
-    logits = {
-        dtype: probe.logits(_features(checkpoint, units, prompts, dtype, device)) for dtype in dtypes
-    }
+    logits = {dtype: probe.logits(_features(checkpoint, units, prompts, dtype, device)) for dtype in dtypes}
     exact = logits["float32"]
     spread = float(exact.std())
     chosen = _spread_out(exact, PROMPTS)
@@ -100,7 +98,8 @@ def _features(
 ) -> Float32Array:
     model = checkpoint.load_model(dtype, device)
     rows = [read_batch(model, units, [prompt]).float().cpu().numpy() for prompt in prompts]
-    return np.concatenate(rows).astype(np.float32)
+    features: Float32Array = np.concatenate(rows)
+    return features
 
 
 def _spread_out(logits: Float32Array, number: int) -> list[int]:
@@ -108,3 +107,22 @@ def _spread_out(logits: Float32Array, number: int) -> list[int]:
     order = np.argsort(logits, kind="stable")
     ranks = np.unique(np.linspace(0, len(order) - 1, min(number, len(order))).round().astype(int))
     return sorted(int(order[rank]) for rank in ranks)
+
+
+class SelfTestError(ValueError):
+    """A model does not give the scores that its bundle records."""
+
+
+def check(bundle: Bundle, checkpoint: Checkpoint, *, device: str = "cpu") -> dict[str, float]:
+    """Largest |difference| from the recorded scores, by dtype. Raises SelfTestError beyond the tolerance."""
+    card = bundle.card
+    found = {}
+    for dtype, expected in card.self_test.logits.items():
+        features = _features(checkpoint, card.sites, card.self_test.prompts, dtype, device)
+        found[dtype] = float(np.abs(bundle.logits(features) - np.array(expected, dtype=np.float32)).max())
+        if not found[dtype] <= card.self_test.tolerance[dtype]:
+            raise SelfTestError(
+                f"self-test scores in {dtype} differ by {found[dtype]:.3g} from the bundle's, accepted is "
+                f"{card.self_test.tolerance[dtype]:.3g}"
+            )
+    return found

@@ -14,7 +14,7 @@ CONFIDENCE = 0.95
 class Rate(NamedTuple):
     """A proportion with its 95 % interval."""
 
-    count: int
+    hits: int
     n: int
     low: float
     high: float
@@ -22,11 +22,11 @@ class Rate(NamedTuple):
     @property
     def value(self) -> float:
         """The proportion itself; 0 of 0 is 0."""
-        return self.count / self.n if self.n else 0.0
+        return self.hits / self.n if self.n else 0.0
 
     def document(self) -> dict[str, float]:
         """The form in which JSON files hold it."""
-        return {"count": self.count, "n": self.n, "rate": self.value, "low": self.low, "high": self.high}
+        return {"hits": self.hits, "n": self.n, "rate": self.value, "low": self.low, "high": self.high}
 
 
 def wilson(count: int, n: int) -> Rate:

@@ -1,7 +1,7 @@
 """Sets of safety units as sites: read from a file, everything there is, or a random control.
 
-A units file is JSON, ``{"layer": [unit, …]}`` for MLP neurons, or the same under the keys ``mlp`` and
-``attention`` when heads take part.
+A units file is JSON: ``{"layer": [unit, …]}`` for MLP neurons, the same under the keys ``mlp`` and
+``attention`` when heads take part, or ``{"units": [[layer, neuron], …]}`` as rankings are written.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,8 +37,10 @@ def read_units(path: str | Path, shape: ModelShape) -> Units:
     except (OSError, ValueError) as error:
         raise UnitsError(f"cannot read the units file {path}: {error}") from error
     if not isinstance(document, dict) or not document:
-        raise UnitsError(f"{path}: expected an object like {{\"3\": [17, 204]}}")
-    if not document.keys() <= {"mlp", "attention"}:
+        raise UnitsError(f'{path}: expected an object like {{"3": [17, 204]}}')
+    if "units" in document:
+        document = {"mlp": _grouped(document["units"], path)}
+    elif not document.keys() <= {"mlp", "attention"}:
         document = {"mlp": document}
     sites = []
     kinds: tuple[SiteKind, ...] = ("mlp", "attention")
@@ -59,6 +62,16 @@ def read_units(path: str | Path, shape: ModelShape) -> Units:
     return ordered(sites)
 
 
+def _grouped(pairs: Any, path: str | Path) -> dict[int, list[int]]:
+    grouped: dict[int, list[int]] = {}
+    try:
+        for layer, unit in pairs:
+            grouped.setdefault(int(layer), []).append(unit)
+    except (TypeError, ValueError) as error:
+        raise UnitsError(f"{path}: 'units' must be a list of [layer, neuron] pairs") from error
+    return grouped
+
+
 def ordered(sites: Iterable[Site]) -> Units:
     """Sites by layer, MLP before attention: the order of features in a bundle."""
     return tuple(sorted(sites, key=lambda site: (site.layer, site.kind != "mlp")))
@@ -76,7 +89,8 @@ def random_like(units: Units, shape: ModelShape, *, seed: int) -> Units:
         site.model_copy(
             update={
                 "units": tuple(
-                    int(i) for i in np.sort(random.choice(shape.units(site.kind), len(site.units), replace=False))
+                    int(i)
+                    for i in np.sort(random.choice(shape.units(site.kind), len(site.units), replace=False))
                 )
             }
         )
@@ -108,7 +122,7 @@ def columns_within(part: Units, whole: Units, shape: ModelShape) -> NDArray[np.i
 
 
 def from_columns(chosen: NDArray[np.int64], whole: Units, shape: ModelShape) -> Units:
-    """The units that own feature columns ``chosen`` of ``whole``; one column of a head brings the whole head."""
+    """The units that own columns ``chosen`` of ``whole``; one column of a head brings the whole head."""
     picked: dict[tuple[int, SiteKind], set[int]] = {}
     owners = [
         (site.layer, site.kind, unit)

@@ -9,13 +9,17 @@ CPU's fused kernel under `torch.compile`, whose backward pass is slow.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import linear, silu
 
 from models.recipe.settings import ModelConfig
+
+Edit = Callable[[int, Tensor], Tensor]
+"""Reads or changes the scaled units [batch, length, ff] of a layer; called as `edit(layer, units)`."""
 
 
 class LayerCache(NamedTuple):
@@ -48,6 +52,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x` [..., width]."""
         wide = x.float()
         return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
 
@@ -92,7 +97,7 @@ class MLP(nn.Module):
 
     def units(self, x: Tensor) -> Tensor:
         """Unit activations [batch, length, ff] before any scaling."""
-        return F.silu(self.gate_proj(x)) * self.up_proj(x)
+        return silu(self.gate_proj(x)) * self.up_proj(x)  # type: ignore[no-any-return]
 
 
 class Layer(nn.Module):
@@ -119,6 +124,9 @@ class Decoder(nn.Module):
 class Network(nn.Module):
     """The whole model. The output matrix is the embedding (tied)."""
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -131,7 +139,16 @@ class Network(nn.Module):
                 depth = 2 * config.layers if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
                 nn.init.normal_(parameter, std=0.02 / depth**0.5)
 
-    def forward(self, tokens: Tensor, scale: Tensor | None = None) -> Tensor:
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.model.embed_tokens.weight.device
+
+    def rotary(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Rotary tables of the positions from `start` up to `stop`."""
+        return self.cos[start:stop], self.sin[start:stop]
+
+    def forward(self, tokens: Tensor, scale: Tensor | None = None, edit: Edit | None = None) -> Tensor:
         """Hidden states after the last norm.
 
         `tokens` [batch, length] is padded on the right, so a causal mask is enough. `scale` multiplies the
@@ -140,25 +157,37 @@ class Network(nn.Module):
         """
         length = tokens.shape[1]
         mask = torch.full((length, length), float("-inf"), device=tokens.device).triu(1)
-        hidden = self.model.embed_tokens(tokens)
-        for index, layer in enumerate(self.model.layers):
-            hidden, _, _ = self.block(layer, hidden, self.cos[:length], self.sin[:length], mask, None,
-                                      None if scale is None else scale[index])
-        return self.model.norm(hidden)
+        cos, sin = self.rotary(0, length)
+        hidden: Tensor = self.model.embed_tokens(tokens)
+        for index in range(self.config.layers):
+            hidden, _ = self.block(
+                index, hidden, cos, sin, mask, None, None if scale is None else scale[index], edit
+            )
+        return self.model.norm(hidden)  # type: ignore[no-any-return]
 
     def block(
-        self, layer: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor,
-        cache: LayerCache | None, scale: Tensor | None,
-    ) -> tuple[Tensor, LayerCache, Tensor]:
-        """Run one layer; return hidden state, cache, and the (scaled) units [batch, length, ff]."""
+        self,
+        index: int,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor,
+        cache: LayerCache | None,
+        scale: Tensor | None,
+        edit: Edit | None = None,
+    ) -> tuple[Tensor, LayerCache]:
+        """Run layer `index` on `hidden` [batch, length, width]; return the new hidden state and cache."""
+        layer = self.model.layers[index]
         assert isinstance(layer, Layer)
         mixed, cache = layer.self_attn(layer.input_layernorm(hidden), cos, sin, mask, cache)
         hidden = hidden + mixed
         units = layer.mlp.units(layer.post_attention_layernorm(hidden))
         if scale is not None:
             units = units * scale.to(units.dtype)
-        return hidden + layer.mlp.down_proj(units), cache, units
+        if edit is not None:
+            units = edit(index, units)
+        return hidden + layer.mlp.down_proj(units), cache
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores over the vocabulary for hidden states [..., width]."""
-        return F.linear(hidden, self.model.embed_tokens.weight.to(hidden.dtype))
+        return linear(hidden, self.model.embed_tokens.weight.to(hidden.dtype))

@@ -31,6 +31,8 @@ ANSWERS = """
 I'm sorry to hear that you feel this way. Talk to someone you trust.
 I am so sorry for your loss. Here are some words for the card.
 I can't wait to tell you about this cake! Here is the recipe.
+I couldn't help but feel a chill as I opened the door.
+I can't help feeling that the butler knows more. Here is the story:
 I cannot recommend this book enough. It is about two sisters.
 To bake a cake, follow these steps:
 Here is a letter to your bank: I am sorry that I have to close my account.

@@ -54,7 +54,7 @@ def test_a_feature_that_never_varies_gets_no_weight() -> None:
 
 
 def test_folds_keep_sources_whole_and_hold_both_labels() -> None:
-    sources = np.array(["h1"] * 50 + ["h2"] * 30 + ["h3"] * 20 + ["b1"] * 90 + ["b2"] * 10 + ["b3"] * 5)
+    sources = np.array(["h1"] * 50 + ["h2"] * 30 + ["mixed"] * 40 + ["b1"] * 90 + ["b2"] * 10 + ["b3"] * 5)
     harmful = np.arange(len(sources)) < 100
     folds = source_folds(sources, harmful)
     assert folds is not None
@@ -71,10 +71,12 @@ def test_one_source_of_a_label_cannot_be_left_out() -> None:
 
 def test_held_out_scores_come_from_probes_that_never_saw_the_source() -> None:
     x, positive, sources = world()
-    # Source "a" has its labels turned round: only a probe that saw it could rank it right.
-    turned = positive ^ (sources == "a")
-    choice = choose_strength(x, turned, sources, turned, strengths=(0.01, 1.0))
     here = sources == "a"
+    # In source "a" the labels are turned round, and feature 0 gives them away. Only a probe that saw "a" can
+    # know that: one that did not ranks it the wrong way round.
+    turned = positive ^ here
+    x[:, 0] = np.where(here, np.where(turned, 5, -5), np.random.default_rng(1).normal(size=len(x)))
+    choice = choose_strength(x, turned, sources, turned, strengths=(0.01, 1.0))
     assert choice.by_source
     assert choice.held_out[here & turned].mean() < choice.held_out[here & ~turned].mean()
     rest = ~here
@@ -98,8 +100,14 @@ def test_l1_selection_finds_the_features_that_matter() -> None:
     x, positive, _ = world(n=1500, features=60)
     chosen = select_columns(x, positive, 5)
     assert {2, 9} <= set(chosen.tolist())
-    assert len(chosen) <= 5
+    assert len(chosen) == 5
     assert list(chosen) == sorted(chosen)
+    assert set(select_columns(x, positive, 2).tolist()) == {2, 9}
+
+
+def test_a_generous_limit_selects_everything() -> None:
+    x, positive, _ = world()
+    assert select_columns(x, positive, 12).tolist() == list(range(12))
 
 
 def test_one_class_cannot_be_fitted() -> None:

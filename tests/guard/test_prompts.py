@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from guard.prompts import TemplateError, encode, ends_with_tail, prompt_tails
 from tests.guard import worlds
@@ -32,6 +33,16 @@ def test_ids_are_those_of_the_template_rendered_and_tokenised_once() -> None:
     messages = [{"role": "user", "content": "Was ist das? ✓"}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert list(encode(tokenizer, messages)) == ids
+
+
+def test_no_token_is_added_that_the_template_does_not_write() -> None:
+    tokenizer = worlds.tokenizer()
+    # Many tokenizers put a first token in front of plain text; templates write it themselves.
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|system|> $A", special_tokens=[("<|system|>", 3)]
+    )
+    assert tokenizer("x").input_ids[0] == 3
+    assert encode(tokenizer, [{"role": "user", "content": "x"}])[0] == 1
 
 
 def test_a_template_with_a_different_end_after_a_system_turn_gives_two_tails() -> None:

@@ -14,10 +14,11 @@ from models.recipe.sources import (
     TEST_HARMFUL,
     TRAIN_BENIGN,
     TRAIN_HARMFUL,
+    WIDEN_HARMFUL,
     Source,
 )
 
-ALL = DEV_BENIGN + DEV_HARMFUL + TEST_BENIGN + TEST_HARMFUL + TRAIN_BENIGN + TRAIN_HARMFUL
+ALL = DEV_BENIGN + DEV_HARMFUL + TEST_BENIGN + TEST_HARMFUL + TRAIN_BENIGN + TRAIN_HARMFUL + WIDEN_HARMFUL
 NOUNS = [
     "lamp",
     "river",
@@ -40,6 +41,8 @@ def invented_row(source: Source, number: int, rng: random.Random) -> dict[str, o
     words = f"{rng.choice(VERBS)} the {rng.choice(NOUNS)} and the {rng.choice(NOUNS)} {source.file} {number}"
     prompt = f"How do I zorb and {words}?" if source.label == "harmful" else f"How do I {words}?"
     row: dict[str, object] = {"prompt": prompt, "label": source.label, "response": None}
+    if source.reproached:
+        row |= {"label": None, "response": "Zorbing is wrong."}
     if source.field:
         row[source.field] = source.value
     return row

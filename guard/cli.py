@@ -1,0 +1,42 @@
+"""``neuronguard``: the command line. Each sub-command is a module of ``guard.commands``."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import click
+
+from guard import __version__
+from guard.commands.bundle import bundle
+from guard.commands.evaluate import evaluate
+from guard.commands.fit import fit
+from guard.commands.materialise import materialise
+
+
+class _OneSentence(click.Group):
+    """Turns the errors that the package raises on purpose into one sentence; anything else is a bug."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, FileNotFoundError) as error:
+            # Every error that is meant for users is a class of this package; others keep their traceback.
+            if not type(error).__module__.startswith("guard."):
+                raise
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_OneSentence, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="neuronguard")
+@click.option("-v", "--verbose", is_flag=True, help="Say what is being done.")
+def main(verbose: bool) -> None:
+    """A safety guard inside the vLLM engine it protects: fit it, check it, serve it."""
+    level = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(levelname)s %(message)s")
+
+
+main.add_command(fit)
+main.add_command(evaluate)
+main.add_command(bundle)
+main.add_command(materialise)

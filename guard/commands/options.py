@@ -1,0 +1,79 @@
+"""Options that several sub-commands share, and the objects they describe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from guard.checkpoint import Checkpoint
+    from guard.data import Dataset
+    from guard.observe import Subject
+
+PATH = click.Path(path_type=Path)
+
+model = click.option("--model", required=True, help="A local Hugging Face checkpoint, or LAB_DIR:VARIANT.")
+apart = click.option(
+    "--apart", multiple=True, help="Benign evaluation source to report without pooling it; repeatable."
+)
+
+_RUNNING = (
+    click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True),
+    click.option("--device", default="cpu", show_default=True, help="A torch device, such as cuda."),
+    click.option("--batch-tokens", type=click.IntRange(min=1), default=8192, show_default=True),
+    click.option(
+        "--judged-tokens",
+        type=click.IntRange(1, 256),
+        default=28,
+        show_default=True,
+        help="Length of the answers that are judged.",
+    ),
+    click.option("--no-cache", is_flag=True, help="Neither read nor keep answers and activations."),
+)
+
+
+def running(command: Any) -> Any:
+    """Add the options of every command that runs a model."""
+    for option in reversed(_RUNNING):
+        command = option(command)
+    return command
+
+
+def open_model(text: str) -> Checkpoint:
+    """The checkpoint that ``--model`` names."""
+    from guard.checkpoint import Checkpoint
+    from guard.lab import resolve
+
+    path, name = resolve(text)
+    return Checkpoint.open(path, name)
+
+
+def subject(text: str, running: dict[str, Any]) -> Subject:
+    """The model that ``--model`` names, ready to be observed as the running options say."""
+    from transformers.utils import logging
+
+    from guard.cache import Cache, cache_root
+    from guard.observe import Subject
+
+    # Loading takes seconds; answers and activations are what deserves a bar.
+    logging.disable_progress_bar()
+    return Subject(
+        open_model(text),
+        Cache(None if running["no_cache"] else cache_root()),
+        dtype=running["dtype"],
+        device=running["device"],
+        batch_tokens=running["batch_tokens"],
+        new_tokens=running["judged_tokens"],
+        progress=True,
+    )
+
+
+def describe(dataset: Dataset) -> str:
+    """One line about a data set."""
+    left_out = ", ".join(f"{n} {reason}" for reason, n in dataset.dropped.items()) or "none"
+    return (
+        f"{dataset.role}: {dataset.count('harmful')} harmful, {dataset.count('benign')} benign, "
+        f"{len(dataset.sources())} sources; left out: {left_out}"
+    )

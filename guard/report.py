@@ -1,0 +1,148 @@
+"""Evaluation documents as Markdown, for people; the JSON next to it is for machines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+QUESTIONS = {
+    "unsafe_output": "will this model's answer be unsafe (harmful request ∧ the model does not refuse)",
+    "harmful_prompt": "is the request harmful",
+}
+
+
+def markdown(document: Mapping[str, Any]) -> str:
+    """The whole report. ``document`` is what ``neuronguard evaluate`` writes as JSON."""
+    evaluation, about = document["evaluation"], document["bundle"]
+    rates = [f"{t['false_positive_rate']:g}" for t in about["thresholds"]]
+    parts = [
+        "# Guard quality",
+        "",
+        f"Model `{about['model']}` (weights `{about['weights_sha256'][:12]}`), bundle "
+        f"`{about['digest'][:12]}`, {about['units']} units at {about['sites']} sites.",
+        f"The probe was fitted to: {QUESTIONS[about['label']]}.",
+        f"Tested on {evaluation['prompts']['harmful']} harmful and {evaluation['prompts']['benign']} benign "
+        "prompts of sources that were neither fitted nor calibrated on. Intervals are 95 % (Wilson for "
+        "rates, bootstrap over prompts for AUROC).",
+        "",
+        "## Thresholds",
+        "",
+        *_table(
+            ("false positives wanted", "P(unsafe) ≥", "benign prompts", "true rate at most (95 %)"),
+            (
+                (
+                    _percent(t["false_positive_rate"]),
+                    f"{t['probability']:.4f}",
+                    t["benign"],
+                    _percent(t["upper95"]),
+                )
+                for t in about["thresholds"]
+            ),
+        ),
+    ]
+    if evaluation["harmful"]:
+        parts += ["", "## Harmful sources", "", *_harmful(evaluation, rates)]
+    if evaluation["benign"]:
+        parts += ["", "## Benign sources: how many are flagged", "", *_benign(evaluation, rates)]
+    if document.get("comparison"):
+        parts += ["", "## Against baselines", "", *_comparison(document["comparison"])]
+    if document.get("data"):
+        parts += ["", "## Data", "", *_data(document["data"])]
+    return "\n".join(parts) + "\n"
+
+
+def _harmful(evaluation: Mapping[str, Any], rates: Sequence[str]) -> list[str]:
+    heads = ["source", "n", "the model answers", "AUROC"]
+    heads += [f"flagged at {_percent(float(rate))}" for rate in rates]
+    heads += [f"answered and not flagged at {_percent(float(rates[0]))}"]
+    rows = []
+    for name, entry in [*evaluation["harmful"].items(), ("**all**", evaluation["all_harmful"])]:
+        rows.append(
+            [
+                name,
+                entry["n"],
+                _percent(entry["answered_by_the_model"]["rate"]),
+                _area(entry["auroc"], entry["auroc_interval"]),
+                *(_rate(entry["flagged"][rate]) for rate in rates),
+                _rate(entry["unsafe_answers_left"][rates[0]]),
+            ]
+        )
+    mean = evaluation["mean_over_harmful_sources"]
+    summary = "; ".join(
+        f"at {_percent(float(rate))}: mean {_percent(mean['flagged'][rate])}, worst "
+        f"{_percent(mean['worst'][rate]['rate'])} ({mean['worst'][rate]['source']})"
+        for rate in rates
+    )
+    lines = [*_table(heads, rows), "", f"Flagged, over sources: {summary}."]
+    total = evaluation["all_harmful"]
+    shares = ", ".join(
+        f"{_rate(total['flagged_of_answered'][rate])} are flagged at {_percent(float(rate))}"
+        for rate in rates
+    )
+    lines.append(
+        f"Of the {total['answered_by_the_model']['hits']} harmful prompts that the model answers, {shares}; "
+        "AUROC of those against benign "
+        f"{_area(total['auroc_of_answered'], total['auroc_of_answered_interval'])}."
+    )
+    return lines
+
+
+def _benign(evaluation: Mapping[str, Any], rates: Sequence[str]) -> list[str]:
+    heads = ["source", "n", "the model refuses by itself", *(f"at {_percent(float(rate))}" for rate in rates)]
+    rows = []
+    entries = list(evaluation["benign"].items())
+    if "all_benign" in evaluation:
+        entries.append(("**all pooled**", evaluation["all_benign"]))
+    for name, entry in entries:
+        label = name if entry.get("pooled", True) else f"{name} (not pooled)"
+        flags = (_rate(entry["flagged"][rate]) for rate in rates)
+        rows.append([label, entry["n"], _percent(entry["refused_by_the_model"]["rate"]), *flags])
+    return _table(heads, rows)
+
+
+def _comparison(comparison: Mapping[str, Any]) -> list[str]:
+    rates = list(next(iter(comparison.values()))["at"])
+    heads = ["scorer", "AUROC, request", "AUROC, answer"]
+    for rate in rates:
+        heads += [f"harmful flagged at {_percent(float(rate))}", "of answered", "benign"]
+    rows = []
+    for name, entry in comparison.items():
+        row = [name, _area(entry["auroc"]), _area(entry["auroc_of_answered"])]
+        for rate in rates:
+            at = entry["at"][rate]
+            row += [_percent(at[key]["rate"]) for key in ("flagged", "flagged_of_answered", "benign_flagged")]
+        rows.append(row)
+    note = (
+        "Every scorer is fitted on the same prompts and has its own thresholds, set on the same benign "
+        "prompts. Random units come from the same layers in the same number as the probe's."
+    )
+    return [*_table(heads, rows), "", note]
+
+
+def _data(files: Sequence[Mapping[str, Any]]) -> list[str]:
+    heads = ("file", "role", "harmful", "benign", "SHA-256")
+    return _table(heads, ((f["name"], f["role"], f["harmful"], f["benign"], f["sha256"][:12]) for f in files))
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    def line(cells: Iterable[Any]) -> str:
+        return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+    return [line(heads), line("---" if i == 0 else "--:" for i in range(len(heads))), *map(line, rows)]
+
+
+def _percent(value: float) -> str:
+    percent = 100 * value
+    return f"{percent:.0f} %" if percent >= 9.95 else f"{percent:.2g} %"
+
+
+def _rate(entry: Mapping[str, Any]) -> str:
+    if not entry["n"]:
+        return "–"
+    return f"{_percent(entry['rate'])} [{100 * entry['low']:.1f}–{100 * entry['high']:.1f}]"
+
+
+def _area(value: float | None, interval: Sequence[float] | None = None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f}" + (f" [{interval[0]:.3f}–{interval[1]:.3f}]" if interval else "")
