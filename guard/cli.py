@@ -12,6 +12,10 @@ from guard.commands.bundle import bundle
 from guard.commands.evaluate import evaluate
 from guard.commands.fit import fit
 from guard.commands.materialise import materialise
+from guard.serve.command import serve
+
+# What the gateway does without: the base installation has none of these.
+_EXTRA = frozenset({"numpy", "safetensors", "scipy", "sklearn", "torch", "tqdm", "transformers", "vllm"})
 
 
 class _OneSentence(click.Group):
@@ -20,6 +24,13 @@ class _OneSentence(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] not in _EXTRA:
+                raise
+            raise click.ClickException(
+                f"this command needs the package {error.name}; install neuronguard[fit] "
+                "(or neuronguard[cpu], neuronguard[cuda])"
+            ) from error
         except (ValueError, FileNotFoundError) as error:
             # Every error that is meant for users is a class of this package; others keep their traceback.
             if not type(error).__module__.startswith("guard."):
@@ -40,3 +51,4 @@ main.add_command(fit)
 main.add_command(evaluate)
 main.add_command(bundle)
 main.add_command(materialise)
+main.add_command(serve)

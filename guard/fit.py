@@ -6,6 +6,7 @@ import logging
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +23,7 @@ from guard.calibrate import TooFewBenignError, fit_platt, threshold_at
 from guard.capture import Float32Array
 from guard.data import Dataset
 from guard.observe import Observations, Subject
-from guard.probe import BoolArray, Choice, LinearProbe, choose_strength, fit_probe, select_columns
+from guard.probe import BoolArray, Choice, LinearProbe, Selector, choose_strength, fit_probe, select_columns
 from guard.units import (
     Units,
     columns_within,
@@ -124,16 +125,14 @@ def fit_bundle(
     positive = fitting.seen.target(settings.label)
     logger.info("%d prompts to fit on, %d of them positive", len(positive), positive.sum())
 
-    if named:
-        units = named
-    elif settings.units == "l1":
-        chosen = select_columns(fitting.features, positive, settings.max_units, seed=settings.seed)
-        units = from_columns(chosen, read, shape)
-    else:
-        units = read
+    select: Selector | None = None
+    units = named or read
+    if settings.units == "l1":
+        select = partial(select_columns, most=settings.max_units, seed=settings.seed)
+        units = from_columns(select(fitting.features, positive), read, shape)
     columns = columns_within(units, read, shape)
     logger.info("%d units at %d sites", count(units), len(units))
-    fitted = fit_units(units, fitting, benign, columns, positive, settings)
+    fitted = fit_units(units, fitting, benign, columns, positive, settings, select)
 
     metrics: dict[str, Any] = {"fit": _about(fitted, positive, (fit, fitting), (threshold, benign))}
     if evaluation is not None:
@@ -158,10 +157,21 @@ def fit_units(
     chosen: NDArray[np.int64],
     positive: BoolArray,
     settings: FitSettings,
+    select: Selector | None = None,
 ) -> Fitted:
-    """Choose the regularisation, fit, calibrate and set thresholds on the columns ``chosen``."""
+    """Choose the regularisation, fit, calibrate and set thresholds on the columns ``chosen``.
+
+    ``select`` is how they were chosen, if it was on these prompts.
+    """
     seen, features = fitting.seen, fitting.features[:, chosen]
-    choice = choose_strength(features, positive, seen.sources, seen.harmful, seed=settings.seed)
+    choice = choose_strength(
+        features if select is None else fitting.features,
+        positive,
+        seen.sources,
+        seen.harmful,
+        select=select,
+        seed=settings.seed,
+    )
     probe = fit_probe(features, positive, strength=choice.strength)
     calibration = fit_platt(choice.held_out, positive)
     logits = probe.logits(benign.features[:, chosen])[~benign.seen.harmful]

@@ -7,7 +7,7 @@ random split would reward learning the source (published random-split figures fl
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +20,8 @@ from sklearn.svm import l1_min_c
 from guard.capture import Float32Array
 
 BoolArray = NDArray[np.bool_]
+Selector = Callable[[Float32Array, BoolArray], NDArray[np.int64]]
+"""From activations ``[n, features]`` and positives ``[n]`` to the columns to keep, ascending."""
 STRENGTHS = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 1e-1)
 """Inverse regularisation strengths (scikit-learn's C) that are tried; small is strong."""
 SELECTION_ROWS = 5000
@@ -132,11 +134,14 @@ def choose_strength(
     harmful: BoolArray,
     *,
     strengths: Sequence[float] = STRENGTHS,
+    select: Selector | None = None,
     seed: int = 0,
 ) -> Choice:
     """Fit without each fold of sources at each strength; keep the strength that ranks held-out prompts best.
 
-    ``features`` ``[n, features]``, the others ``[n]``. Raises ProbeError when no fold holds both classes.
+    ``features`` ``[n, features]``, the others ``[n]``. With ``select``, columns are chosen anew in each fold:
+    a choice that has seen the held-out prompts makes their scores far too good. Raises ProbeError when no
+    fold holds both classes.
     """
     assigned = source_folds(sources, harmful)
     by_source = assigned is not None
@@ -148,11 +153,15 @@ def choose_strength(
         rest = ~inside
         if positive[rest].all() or not positive[rest].any():
             raise ProbeError("all positives come from one source; add a harmful source to the fit data")
-        standard = Standard.of(features[rest])
+        seen, unseen = features[rest], features[inside]
+        if select is not None:
+            columns = select(seen, positive[rest])
+            seen, unseen = seen[:, columns], unseen[:, columns]
+        standard = Standard.of(seen)
         # The standardised copy is the largest array here: made once a fold, not once a strength.
-        solutions = _regress(standard.apply(features[rest]), positive[rest], strengths)
+        solutions = _regress(standard.apply(seen), positive[rest], strengths)
         for row, solution in enumerate(solutions):
-            held_out[row, inside] = standard.fold(*solution).logits(features[inside])
+            held_out[row, inside] = standard.fold(*solution).logits(unseen)
         if positive[inside].any() and not positive[inside].all():
             areas.append(
                 [float(roc_auc_score(positive[inside], row[inside], max_fpr=LOW_FPR)) for row in held_out]

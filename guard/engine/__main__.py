@@ -2,7 +2,11 @@
 
 import sys
 
-from guard.engine.launch import main
-
 if __name__ == "__main__":  # vLLM's child processes import this module again
+    try:
+        from guard.engine.launch import main
+    except ModuleNotFoundError as error:
+        sys.exit(
+            f"error: the engine needs the package {error.name}; install neuronguard[cpu] or neuronguard[cuda]"
+        )
     sys.exit(main())

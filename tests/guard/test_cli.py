@@ -178,3 +178,11 @@ def test_threshold_prompts_that_are_all_fitted_on_leave_nothing_to_fit(
 def test_help_needs_no_torch() -> None:
     code = "import sys, guard.cli; sys.exit('torch' in sys.modules or 'sklearn' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_command_that_lacks_a_package_of_an_extra_says_which_to_install(tmp_path: Path) -> None:
+    call = f"main(['bundle', 'show', {str(tmp_path)!r}])"
+    code = f"import sys; sys.modules['numpy'] = None; from guard.cli import main; {call}"
+    got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert got.returncode == 1
+    assert "needs the package numpy; install neuronguard[fit]" in got.stderr

@@ -83,6 +83,21 @@ def test_held_out_scores_come_from_probes_that_never_saw_the_source() -> None:
     assert choice.held_out[rest & turned].mean() > choice.held_out[rest & ~turned].mean()
 
 
+def test_columns_that_are_chosen_are_chosen_without_the_held_out_source() -> None:
+    random = np.random.default_rng(0)
+    # Labels without any signal, and so many columns that some agree with them by chance.
+    x = random.normal(size=(300, 2000)).astype(np.float32)
+    positive, sources = random.random(300) < 0.5, random.choice(["a", "b", "c", "d"], 300)
+
+    def select(seen: np.ndarray, target: np.ndarray) -> np.ndarray:
+        return np.sort(np.argsort(-np.abs(seen[target].mean(0) - seen[~target].mean(0)))[:20])
+
+    before = x[:, select(x, positive)]
+    assert max(choose_strength(before, positive, sources, positive).scores.values()) > 0.6
+    honest = choose_strength(x, positive, sources, positive, select=select)
+    assert max(honest.scores.values()) < 0.56
+
+
 def test_random_labels_give_chance() -> None:
     x, _, sources = world(seed=3)
     positive = np.random.default_rng(5).random(len(x)) < 0.5
