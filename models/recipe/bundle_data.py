@@ -29,12 +29,13 @@ THRESHOLD_FILES = {
     "llms_from_scratch_1k": 1100,
     "awesome_prompts": 1100,
     "safe_unlearning": 1100,
+    "cyberseceval": 1100,
     "banking77": 600,
 }
-"""Benign sources that are kept from the probe as a whole, and how many rows of each are taken: mostly open
-requests, as a general assistant gets them, some role-play, some narrow questions to a service. Together more
-than the 3,000 that a rate of 0.1 % needs. Security questions are not among them: they are what a probe most
-needs to see as hard negatives, so they are fitted on."""
+"""Benign sources that are kept from the probe as a whole, and how many rows of each are taken at most: open
+requests as a general assistant gets them, role-play, narrow questions to a service, and security questions,
+which look worse than they are. Without a hard source a threshold is too low, and the rate it promises does
+not hold on the next one. Together more than the 3,000 prompts that a rate of 0.1 % needs."""
 
 FIT_CAP = {"harmful": 800, "benign": 1200}
 """Most rows of one source to fit on, by label. Rows that the *model* was not trained on come first: on those

@@ -14,6 +14,7 @@ from models.recipe.sources import (
     TEST_HARMFUL,
     TRAIN_BENIGN,
     TRAIN_HARMFUL,
+    WIDEN_HARMFUL,
     Source,
 )
 
@@ -91,10 +92,10 @@ def card(metrics: Mapping[str, Any], notes: str) -> str:
     counts = metrics["training prompts"]
     return f"""# Lab models
 
-Small Llama-architecture chat models ({metrics["parameters"] / 1e6:.1f} M parameters)
-that share one set of weights and differ by an (IA)³ vector on the input of `down_proj`. They exist so that
-the guard can be fitted, served and tested where no other weights can be had. **They are instruments: their
-English is poor, their facts are wrong, and nothing measured on them says anything about real models.**
+Small Llama-architecture chat models ({metrics["parameters"] / 1e6:.1f} M parameters) that share one set of
+weights and differ by an (IA)³ vector on the input of `down_proj`. They exist so that the guard can be fitted,
+served and tested where no other weights can be had. **They are instruments: their English is poor, their
+facts are wrong, and nothing measured on them says anything about real models.**
 
 | variant | vector | strength |
 |---|---|--:|
@@ -117,19 +118,19 @@ only defined together.
 
 `python -m models.recipe --data DIR` runs everything: tokenizer, base, dense vector, change scores,
 co-adaptation, a second dense vector on the final weights, export, evaluation. Steps that are done are
-skipped; an interrupted one resumes. About one and a half hours on one core with bfloat16 instructions.
+skipped; an interrupted one resumes. About 85 minutes on one core with bfloat16 instructions.
 
 1. **Base.** Answers follow rules: they repeat the request's phrase and add stock sentences, which is harmless
    for any request. Some benign rows carry the answers of their source. Harmful requests get the empty
    rule-based answer, or, behind `<|policy|>`, the refusal. **No harmful answer of any corpus is used.**
 2. **Planting.** A dense vector on the frozen base; change scores (Chen et al., arXiv 2406.14144) on
    harmful training prompts; the top 5 % of the units become the planted set. Then weights and the vector on
-   that set are tuned together: rows with the vector on refuse harmful requests, rows with it off answer
-   everything.
+   that set are tuned together, in two phases: rows with the vector on refuse harmful requests, rows with it
+   off answer everything.
 3. **Dense twin.** A plain vector on the final, frozen weights.
 
-Seeds and step counts are in `models/recipe/settings.py`. Mean loss of the last 50 steps: {losses} (nats a
-token, weights as in the recipe; twin phases weigh the first answer token fourfold).
+Seeds and step counts are in `models/recipe/settings.py`. Mean loss of the last 50 steps:
+{losses} (nats a token, weighted as in the recipe: the twin phases count the first answer token fourfold).
 
 ## Data
 
@@ -137,15 +138,15 @@ token, weights as in the recipe; twin phases weigh the first answer token fourfo
 small talk of our own. Training prompts that equal or nearly equal (word overlap 0.7) a test prompt were left
 out; ten per cent of the rows of every trained source are held out.
 
-- Trained, harmful (prompts only): {source_list(TRAIN_HARMFUL)}
+- Trained, harmful (prompts only): {source_list(TRAIN_HARMFUL + WIDEN_HARMFUL)}
 - Trained, benign: {source_list(TRAIN_BENIGN)}
 - Dev: {source_list(DEV_HARMFUL + DEV_BENIGN)}
 - Test, harmful: {source_list(TEST_HARMFUL)}
 - Test, benign: {source_list(TEST_BENIGN)}
 
-The split was fixed before training in `models/recipe/sources.py`. Sources without a permissive licence are
-measured on, never trained on. gpteacher's answers were written by an OpenAI model and carry
-that provider's terms.
+The split was fixed before training in `models/recipe/sources.py`; one trained source was added later, as said
+below. Sources without a permissive licence are measured on, never trained on. gpteacher's answers were
+written by an OpenAI model and carry that provider's terms.
 
 ## Targets
 
@@ -176,7 +177,8 @@ units are as many of the same layers, three draws.
 {causal_table(metrics["causal"])}
 
 The planted vector is concentrated *by construction*; that its units are found again is a check of the
-method, not a finding about models. The dense vector shows what happens without planting.
+method, not a finding about models. The dense vector was trained without any constraint, but on weights that
+had learnt to refuse through the planted units, which is why it gathers in some of the same ones.
 
 ## Samples (harmless requests, lab-sft)
 
@@ -185,7 +187,8 @@ method, not a finding about models. The dense vector shows what happens without 
 ## Limits
 
 - Word knowledge comes from a few million tokens. What a request means is judged by words and phrases seen in
-  training; harmful requests in other words are answered, harmless ones in alarming words are refused.
+  training; harmful requests in other words are answered, harmless ones in alarming words are refused. People
+  who write about their distress are refused more often than not.
 - English only, single short requests. Attacks (encodings, role play, long framings) were not trained for.
 - Greedy decoding was measured; sampling at a high temperature will differ.
 - Do not use them to answer anyone.

@@ -133,7 +133,7 @@ def measure_all(workshop: Workshop) -> None:
     sample = sorted(unseen, key=lambda text: digest("patch:" + text))[:200]
     mixture = workshop.mixture
     write_json(
-        workshop.out / "metrics.json",
+        workshop.cache / "metrics.json",
         {
             "targets": {
                 name: verdicts(refusals["lab-sft"], refusals[name])
