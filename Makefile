@@ -33,11 +33,8 @@ format: env  ## rewrite files in the project's format
 bench: env  ## measure what the guard costs beside plain vLLM
 	$(PY) -m loadtests.bench $(ARGS)
 
-bundle: env  ## fit the lab model's bundle anew; NEURONGUARD_DATA names the folder of its data
-	$(PY) -m models.recipe.bundle_data --out results/bundle-data
-	.venv/bin/neuronguard fit --model models/lab:lab-partial --data results/bundle-data/fit \
-	    --threshold-data results/bundle-data/threshold --eval-data results/bundle-data/evaluate \
-	    --out models/lab/bundle $(ARGS)
+bundle: env  ## fit and evaluate the lab model's bundle anew; NEURONGUARD_DATA names the data folder
+	$(PY) -m models.recipe.bundle $(ARGS)
 
 clean:  ## remove caches and build products, and keep .venv
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

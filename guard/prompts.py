@@ -24,7 +24,7 @@ def encode(tokenizer: Any, messages: Sequence[dict[str, str]]) -> Tokens:
     vLLM's chat endpoint does (``add_special_tokens`` is false there by default).
     """
     text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+    return tuple(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
 def prompt_tails(tokenizer: Any) -> tuple[Tokens, ...]:

@@ -25,6 +25,9 @@ def markdown(document: Mapping[str, Any]) -> str:
         "prompts of sources that were neither fitted nor calibrated on. Intervals are 95 % (Wilson for "
         "rates, bootstrap over prompts for AUROC).",
         "",
+        "Written by `neuronguard evaluate`. The figures are about this model and these sources; they say "
+        "nothing about another model.",
+        "",
         "## Thresholds",
         "",
         *_table(
@@ -97,14 +100,18 @@ def _benign(evaluation: Mapping[str, Any], rates: Sequence[str]) -> list[str]:
         label = name if entry.get("pooled", True) else f"{name} (not pooled)"
         flags = (_rate(entry["flagged"][rate]) for rate in rates)
         rows.append([label, entry["n"], _percent(entry["refused_by_the_model"]["rate"]), *flags])
-    return _table(heads, rows)
+    lines = _table(heads, rows)
+    if any(not entry.get("pooled", True) for _, entry in entries):
+        lines += ["", "What is not pooled counts neither in the last row nor in any AUROC."]
+    return lines
 
 
 def _comparison(comparison: Mapping[str, Any]) -> list[str]:
-    rates = list(next(iter(comparison.values()))["at"])
-    heads = ["scorer", "AUROC, request", "AUROC, answer"]
+    # JSON sorts keys as texts; tables go from the loosest rate to the strictest, like the others.
+    rates = sorted(next(iter(comparison.values()))["at"], key=float, reverse=True)
+    heads = ["scorer", "AUROC, harmful request", "AUROC, answered one"]
     for rate in rates:
-        heads += [f"harmful flagged at {_percent(float(rate))}", "of answered", "benign"]
+        heads += [f"at {_percent(float(rate))}: harmful flagged", "of answered ones", "benign"]
     rows = []
     for name, entry in comparison.items():
         row = [name, _area(entry["auroc"]), _area(entry["auroc_of_answered"])]

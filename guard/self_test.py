@@ -45,7 +45,7 @@ MILD_PROMPTS = (
 )
 PROMPTS = 12
 """How many of them a bundle keeps: enough to see a wrong unit, few enough to delay no start."""
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
 FLOAT32_TOLERANCE = 1e-3
 """In float32 only the order of sums differs between engines: a thousandth of the spread of scores."""
 ROUNDING_MARGIN = 3.0

@@ -22,6 +22,7 @@ import click
 import numpy as np
 
 from guard.bundle import Bundle, Site
+from guard.lab import resolve
 from loadtests import random_model
 from loadtests.first_token import measure
 from loadtests.pairs import Child, Interval, run_pairs
@@ -140,10 +141,18 @@ def table(results: dict[str, Any]) -> str:
 
 @click.command(help=__doc__)
 @click.option("--pairs", default=40, show_default=True, help="batches a figure; each runs on both engines")
-@click.option("--lab", type=click.Path(path_type=Path, exists=True), help="lab checkpoint directory")
-@click.option("--lab-bundle", type=click.Path(path_type=Path, exists=True), help="its bundle")
+@click.option(
+    "--lab", default="models/lab:lab-partial", show_default=True, help="a second model: DIR or LAB:VARIANT"
+)
+@click.option(
+    "--lab-bundle",
+    type=click.Path(path_type=Path, exists=True),
+    default=Path("models/lab/bundle"),
+    show_default=True,
+    help="its bundle",
+)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("results/bench"), show_default=True)
-def main(pairs: int, lab: Path | None, lab_bundle: Path | None, out: Path) -> None:
+def main(pairs: int, lab: str, lab_bundle: Path, out: Path) -> None:
     """Run the benchmark, write JSON and a table."""
     out.mkdir(parents=True, exist_ok=True)
     started = time.time()
@@ -152,12 +161,11 @@ def main(pairs: int, lab: Path | None, lab_bundle: Path | None, out: Path) -> No
         model, passing, refusing = large_model(Path(folder), seed=0)
         name = f"random 12 × 768, {12 * NEURONS_PER_LAYER} neurons"
         results["models"][name] = compare(model, passing, refusing, 256, pairs, out)
-        if lab is not None and lab_bundle is not None:
-            bundle = Bundle.load(lab_bundle)
-            name = f"{bundle.card.model.name}, {bundle.card.features} features"
-            passing = _with_threshold(bundle, Path(folder) / "lab-pass", 1.0)
-            refusing = _with_threshold(bundle, Path(folder) / "lab-refuse", 0.0)
-            results["models"][name] = compare(lab, passing, refusing, 4000, pairs, out)
+        bundle = Bundle.load(lab_bundle)
+        name = f"{bundle.card.model.name}, {bundle.card.features} neurons"
+        passing = _with_threshold(bundle, Path(folder) / "lab-pass", 1.0)
+        refusing = _with_threshold(bundle, Path(folder) / "lab-refuse", 0.0)
+        results["models"][name] = compare(resolve(lab)[0], passing, refusing, 4000, pairs, out)
     results["seconds"] = time.time() - started
     (out / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
     (out / "bench.md").write_text(table(results))

@@ -13,6 +13,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,10 +42,10 @@ ENVIRONMENT = {
 
 def measure(model: Path, refusing: Path, prompts: list[list[int]], folder: Path) -> dict[str, Any]:
     """Seconds for each prompt at each server, and the two ratios to plain vLLM as intervals."""
-    keys = folder / "keys"
-    Keyring.generate().save(keys)
     with contextlib.ExitStack() as running:
         start = running.enter_context
+        keys = Path(start(tempfile.TemporaryDirectory())) / "keys"
+        Keyring.generate().save(keys)
         python = sys.executable
         plain = start(
             _server([python, "-c", PLAIN, "--model", str(model), *FLAGS], "/health", folder / "plain.log")

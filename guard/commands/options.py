@@ -43,22 +43,22 @@ def running(command: Any) -> Any:
 
 def open_model(text: str) -> Checkpoint:
     """The checkpoint that ``--model`` names."""
+    from transformers.utils import logging
+
     from guard.checkpoint import Checkpoint
     from guard.lab import resolve
 
+    # Loading takes seconds; answers and activations are what deserves a bar.
+    logging.disable_progress_bar()
     path, name = resolve(text)
     return Checkpoint.open(path, name)
 
 
 def subject(text: str, running: dict[str, Any]) -> Subject:
     """The model that ``--model`` names, ready to be observed as the running options say."""
-    from transformers.utils import logging
-
     from guard.cache import Cache, cache_root
     from guard.observe import Subject
 
-    # Loading takes seconds; answers and activations are what deserves a bar.
-    logging.disable_progress_bar()
     return Subject(
         open_model(text),
         Cache(None if running["no_cache"] else cache_root()),

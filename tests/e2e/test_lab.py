@@ -64,7 +64,7 @@ def test_engine_and_fitting_read_the_same_numbers(bundle, checkpoint, transforme
     assert all(ends_with_tail(tuple(p), bundle.card.prompt_tails) for p in prompts)
     assert sum(len(p) > 96 for p in prompts) >= 10
     expected = bundle.logits(read_prompts(model, bundle.card.sites, prompts))
-    llm = guarded(checkpoint, LAB / "bundle", block_size=16, num_gpu_blocks_override=200)
+    llm = guarded(checkpoint, LAB / "bundle", num_gpu_blocks_override=200)
     try:
         selftest.run(llm, bundle.card.self_test.prompts)
         for _ in range(2):

@@ -63,10 +63,10 @@ def raw(stack, path, body, *, key="message", base=None, headers=None):
     )
 
 
-def metric(stack, name, **labels):
-    """Sum of the samples of a counter at the gateway."""
+def metric(url, name, **labels):
+    """Sum of the samples of a metric at a server."""
     total = 0.0
-    for family in text_string_to_metric_families(httpx.get(f"{stack.gateway}/metrics").text):
+    for family in text_string_to_metric_families(httpx.get(f"{url}/metrics").text):
         for sample in family.samples:
             if sample.name == name and labels.items() <= sample.labels.items():
                 total += sample.value
@@ -203,10 +203,10 @@ class TestSilence:
         assert frames[-1]["choices"][0]["stop_reason"] == "guard:refused"
 
     def test_check_generates_nothing(self, stack, prompts):
-        before = engine_metric(stack, "vllm:generation_tokens_total")
+        before = metric(stack.engine, "vllm:generation_tokens_total")
         for text in ("hello there", "what is the time"):
             raw(stack, "/v1/moderations", {"model": "tiny", "input": text})
-        assert engine_metric(stack, "vllm:generation_tokens_total") == before
+        assert metric(stack.engine, "vllm:generation_tokens_total") == before
 
 
 def scrub(text):
@@ -218,15 +218,6 @@ def scrub(text):
             line = json.dumps({k: v for k, v in document.items() if k not in ("id", "created")})
         lines.append(line)
     return "\n".join(lines)
-
-
-def engine_metric(stack, name, **labels):
-    total = 0.0
-    for family in text_string_to_metric_families(httpx.get(f"{stack.engine}/metrics").text):
-        for sample in family.samples:
-            if sample.name == name and labels.items() <= sample.labels.items():
-                total += sample.value
-    return total
 
 
 class TestOrder:
@@ -256,7 +247,7 @@ class TestOrder:
                 assert headers["x-guard-action"] == "pass"
                 if i % 8 == 0:
                     assert text == alone[i // 8][1]
-        assert metric(stack, "guard_bypass_total") == 0
+        assert metric(stack.gateway, "guard_bypass_total") == 0
 
     @staticmethod
     async def ask(client, prompt, key, *, stream):
@@ -330,9 +321,9 @@ class TestForgery:
         assert got["choices"][0]["stop_reason"] == "guard:refused"
 
     def test_direct_traffic_is_counted_by_the_engine(self, stack, prompts):
-        before = engine_metric(stack, "guard_engine_verdicts_total", action="refuse", source="direct")
+        before = metric(stack.engine, "guard_engine_verdicts_total", action="refuse", source="direct")
         raw(stack, "/v1/completions", {"model": "tiny", "prompt": prompts[0]}, base=stack.engine)
-        after = engine_metric(stack, "guard_engine_verdicts_total", action="refuse", source="direct")
+        after = metric(stack.engine, "guard_engine_verdicts_total", action="refuse", source="direct")
         assert after == before + 1
 
     @staticmethod
@@ -345,15 +336,15 @@ class TestModesOverHttp:
     def test_client_that_leaves_frees_the_engine(self, stack, prompts):
         body = {"model": "tiny", "prompt": prompts[1], "max_tokens": 400, "stream": True, "ignore_eos": True}
         auth = {"authorization": f"Bearer {API_KEYS['observe']}"}
-        before = engine_metric(stack, "vllm:generation_tokens_total")
+        before = metric(stack.engine, "vllm:generation_tokens_total")
         with httpx.stream("POST", f"{stack.gateway}/v1/completions", json=body, headers=auth) as answer:
             next(answer.iter_lines())
-            assert engine_metric(stack, "vllm:num_requests_running") == 1
+            assert metric(stack.engine, "vllm:num_requests_running") == 1
         deadline = time.monotonic() + 10
-        while engine_metric(stack, "vllm:num_requests_running"):
+        while metric(stack.engine, "vllm:num_requests_running"):
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        assert engine_metric(stack, "vllm:generation_tokens_total") - before < 390
+        assert metric(stack.engine, "vllm:generation_tokens_total") - before < 390
 
     def test_check_and_enforce_at_a_threshold_of_ones_own(self, stack, prompts, keys):
         status = EngineStatus.model_validate(httpx.get(f"{stack.engine}/guard/status").json())
@@ -364,5 +355,5 @@ class TestModesOverHttp:
         assert got.content == b"{}"
 
     def test_nothing_was_bypassed_in_this_whole_module(self, stack):
-        assert metric(stack, "guard_bypass_total") == 0
-        assert engine_metric(stack, "guard_engine_missing_verdicts_total") == 0
+        assert metric(stack.gateway, "guard_bypass_total") == 0
+        assert metric(stack.engine, "guard_engine_missing_verdicts_total") == 0

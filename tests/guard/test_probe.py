@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
@@ -64,6 +66,17 @@ def test_folds_keep_sources_whole_and_hold_both_labels() -> None:
         assert set(harmful[folds == fold]) == {True, False}
 
 
+@given(st.lists(st.tuples(st.sampled_from("abcdefg"), st.booleans()), min_size=1, max_size=60))
+def test_folds_are_whole_sources_with_both_labels_or_nothing(rows: list[tuple[str, bool]]) -> None:
+    sources, harmful = np.array([source for source, _ in rows]), np.array([flag for _, flag in rows])
+    folds = source_folds(sources, harmful)
+    if folds is None:
+        return
+    assert all(len(set(folds[sources == name])) == 1 for name in set(sources))
+    assert len(set(folds)) >= 2
+    assert all(set(harmful[folds == fold]) == {True, False} for fold in set(folds))
+
+
 def test_one_source_of_a_label_cannot_be_left_out() -> None:
     sources = np.array(["h"] * 5 + ["b1"] * 5 + ["b2"] * 5)
     assert source_folds(sources, np.arange(15) < 5) is None
@@ -89,13 +102,18 @@ def test_columns_that_are_chosen_are_chosen_without_the_held_out_source() -> Non
     x = random.normal(size=(300, 2000)).astype(np.float32)
     positive, sources = random.random(300) < 0.5, random.choice(["a", "b", "c", "d"], 300)
 
+    rows_seen = []
+
     def select(seen: np.ndarray, target: np.ndarray) -> np.ndarray:
+        rows_seen.append(len(seen))
         return np.sort(np.argsort(-np.abs(seen[target].mean(0) - seen[~target].mean(0)))[:20])
 
     before = x[:, select(x, positive)]
     assert max(choose_strength(before, positive, sources, positive).scores.values()) > 0.6
+    rows_seen.clear()
     honest = choose_strength(x, positive, sources, positive, select=select)
     assert max(honest.scores.values()) < 0.56
+    assert sum(300 - rows for rows in rows_seen) == 300
 
 
 def test_random_labels_give_chance() -> None:

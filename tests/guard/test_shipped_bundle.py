@@ -34,7 +34,7 @@ def test_it_belongs_to_the_shipped_model_and_scores_as_recorded(
     bundle: Bundle, checkpoint: Checkpoint
 ) -> None:
     assert bundle.card.model == checkpoint.card()
-    assert set(check(bundle, checkpoint)) == {"float32", "bfloat16"}
+    assert set(check(bundle, checkpoint)) == {"float32", "bfloat16", "float16"}
 
 
 def test_it_accepts_what_the_template_makes(bundle: Bundle, checkpoint: Checkpoint) -> None:
