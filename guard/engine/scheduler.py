@@ -115,6 +115,7 @@ class GuardScheduler(Scheduler):
             stats.finalize(self.kv_cache_manager.estimate_cached_tokens(request))
         if not error:
             request.stop_reason = REFUSED_STOP_REASON
+        self.ledger.close(request.request_id)  # the output is made here, not by _free_request
         self.finish_requests(
             request.request_id, RequestStatus.FINISHED_ERROR if error else RequestStatus.FINISHED_STOPPED
         )

@@ -12,7 +12,11 @@ from pathlib import Path
 from guard.serve.children import Service
 
 # Lab models are small and were trained on short texts; a model of one's own keeps its own length and cache.
-_LAB_FLAGS = ("--max-model-len", "512", "--num-gpu-blocks-override", "512")
+_LAB_FLAGS = (
+    *("--max-model-len", "512", "--num-gpu-blocks-override", "512"),
+    # Unless a client says otherwise: sampled at temperature 1 they lose the thread at once.
+    *("--override-generation-config", '{"temperature": 0.0}'),
+)
 _FLAGS = (
     *("--dtype", "float32"),
     "--enforce-eager",
