@@ -32,7 +32,7 @@ class Settings(BaseSettings):
     audit_scores: bool = False
     """Write P(unsafe) into the audit log."""
 
-    connect_timeout: float = Field(default=5.0, gt=0)
+    connect_timeout: float = Field(default=2.0, gt=0)
     """To reach the engine, and to get one of ``max_connections``."""
     verdict_timeout: float = Field(default=60.0, gt=0)
     """From sending a streamed or check-only request to its verdict: queueing and prefill."""

@@ -120,8 +120,6 @@ def gateway(engine_url: str, key_file: Path, folder: Path) -> Iterator[str]:
         "NEURONGUARD_KEY_FILE": str(key_file),
         "NEURONGUARD_POLICY_FILE": str(policies),
         "NEURONGUARD_PORT": str(port),
-        # A burst on a busy machine waits for connections; that is not what is tested here.
-        "NEURONGUARD_CONNECT_TIMEOUT": "30",
     }
     with process([sys.executable, "-m", "service"], environment, log) as child:
         wait_until(f"http://127.0.0.1:{port}/readyz", child, log)
