@@ -7,10 +7,10 @@ ARGS   ?=
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help env serve test lint format bench bundle clean
+.PHONY: help env serve test lint format bench bundle dashboards clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 env:  ## make or complete the environment in .venv
 	@$(PYTHON) scripts/bootstrap.py
@@ -25,6 +25,8 @@ lint: env  ## check format, style and types
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+	$(PY) -m deploy.dashboards --check
+	.venv/bin/hadolint Dockerfile
 
 format: env  ## rewrite files in the project's format
 	$(PY) -m ruff format .
@@ -35,6 +37,9 @@ bench: env  ## measure what the guard costs beside plain vLLM
 
 bundle: env  ## fit and evaluate the lab model's bundle anew; NEURONGUARD_DATA names the data folder
 	$(PY) -m models.recipe.bundle $(ARGS)
+
+dashboards: env  ## write Grafana's dashboards anew from deploy/dashboards
+	$(PY) -m deploy.dashboards
 
 clean:  ## remove caches and build products, and keep .venv
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

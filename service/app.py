@@ -49,6 +49,7 @@ def create_app(
         registry = CollectorRegistry()
         ProcessCollector(registry=registry)
     metrics = Metrics(registry)
+    metrics.inflight_limit.set(settings.max_connections)
     backend = Backend(settings, keys, transport)
     engine = EngineWatch(backend, policies, metrics, settings.status_interval)
     gateway = Gateway(settings, policies, keys, backend, engine, metrics)
@@ -65,6 +66,8 @@ def create_app(
     app.openapi = lambda: document(app)  # type: ignore[method-assign]
     for module in (chat, completions, models, moderations, health):
         app.include_router(module.router)
+    if settings.metrics_port is None:
+        app.include_router(health.metrics_router)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_middleware(RequestLog, metrics=metrics)

@@ -41,6 +41,7 @@ class EngineWatch:
         self._misses = 0
         self._hurry = asyncio.Event()
         self._metrics.upstream_up.labels(backend.name).set(0)
+        self._metrics.bundle_mismatch.labels(backend.name).set(0)
 
     @property
     def ready(self) -> ReadyEngine | None:
@@ -100,6 +101,11 @@ class EngineWatch:
             return
         if self._ready is not None and self._ready.status == status:
             return
+        accepted = self._policies.accepts(status.bundle)
+        self._metrics.bundle_mismatch.labels(self._backend.name).set(not accepted)
+        if not accepted:
+            self._lose(f"the engine's bundle {status.bundle} is not under bundles in the policy file")
+            return
         try:
             policies = bind(self._policies, status)
         except PolicyError as error:
@@ -108,8 +114,7 @@ class EngineWatch:
         self._ready = ReadyEngine(status, policies)
         self._why = ""
         self._metrics.upstream_up.labels(self._backend.name).set(1)
-        self._metrics.bundle_info.clear()
-        self._metrics.bundle_info.labels(status.bundle, status.model, status.label).set(1)
+        self._metrics.in_force(status, policies.values())
         logger.info(
             "engine ready: model %s, bundle %s, audience %s", status.model, status.bundle, status.audience
         )

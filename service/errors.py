@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from starlette.responses import JSONResponse
 
 RETRY_AFTER = {"retry-after": "2"}
+STAGES = ("auth", "request", "backend", "directive", "verdict", "guard", "stream", "internal")
+"""The parts that can fail. The first two are the client's own mistakes."""
 
 
 class ConfigError(ValueError):
@@ -20,7 +22,7 @@ class ClientGoneError(Exception):
 class ApiError(Exception):
     """An answer to the client that is an error.
 
-    ``stage`` names the part that failed, from a small fixed set, and labels ``guard_errors_total``.
+    ``stage`` names the part that failed, one of ``STAGES``, and labels ``guard_errors_total``.
     """
 
     def __init__(

@@ -2,11 +2,23 @@
 
 ``verdict`` is what the policy's rules said about the score, ``action`` what was done: in the mode ``observe``
 they differ, and ``sum by (verdict)`` is what enforcing would have meant.
+
+Counters whose first event matters start at zero for every value of their labels: to Prometheus a series that
+appears with the value 1 has not increased.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import product
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from guard import __version__
+from guard.sealed import SEAL_ERRORS
+from guard.verdict import VERDICT_ERRORS, EngineStatus, Mode, RuleAction
+from service.errors import STAGES
+from service.policy import BoundPolicy
 
 _SCORES = (
     0.001,
@@ -86,7 +98,17 @@ class Metrics:
             ("stage", "outcome"),
             registry=registry,
         )
+        for reason in (*SEAL_ERRORS, *VERDICT_ERRORS):
+            self.bypass.labels(reason)
+        for stage in STAGES:
+            self.errors.labels(stage, "closed")
+        self.errors.labels("verdict", "open")
         self.inflight = Gauge("guard_inflight_requests", "Requests being answered.", registry=registry)
+        self.inflight_limit = Gauge(
+            "guard_inflight_requests_limit",
+            "Most requests that are sent to the engine at one time; more wait, then get a 503.",
+            registry=registry,
+        )
         self.upstream_up = Gauge(
             "guard_upstream_up",
             "1 while the engine answers and its guard passed the self-test.",
@@ -99,3 +121,46 @@ class Metrics:
             ("digest", "model", "probe"),
             registry=registry,
         )
+        self.bundle_mismatch = Gauge(
+            "guard_bundle_mismatch",
+            "1 while the engine's guard runs a bundle that the policy file does not list under bundles.",
+            ("backend",),
+            registry=registry,
+        )
+        self.policy_info = Gauge(
+            "guard_policy_info",
+            "1 for each policy in force.",
+            ("policy", "mode", "on_missing_verdict"),
+            registry=registry,
+        )
+        self.policy_threshold = Gauge(
+            "guard_policy_threshold",
+            "Lowest P(unsafe) at which a policy takes an action, with the bundle in force.",
+            ("policy", "model", "action"),
+            registry=registry,
+        )
+        self.build_info = Gauge("guard_build_info", "1 for the version.", ("version",), registry=registry)
+        self.build_info.labels(__version__).set(1)
+
+    def in_force(self, status: EngineStatus, policies: Iterable[BoundPolicy]) -> None:
+        """Show one engine's bundle and the policies as they are bound to it, in place of any before."""
+        for family in (self.bundle_info, self.policy_info, self.policy_threshold):
+            family.clear()
+        self.bundle_info.labels(status.bundle, status.model, status.label).set(1)
+        self.score.labels(status.model)
+        for bound in policies:
+            decision, policy = bound.decision, bound.policy
+            self.policy_info.labels(bound.name, decision.mode, policy.on_missing_verdict).set(1)
+            for rule in reversed(decision.rules):  # the first rule of an action is the one that shows
+                self.policy_threshold.labels(bound.name, status.model, rule.action).set(rule.above)
+            for verdict, stream in product(_ACTIONS, ("true", "false")):
+                self.requests.labels(
+                    bound.name, status.model, verdict, _done(verdict, decision.mode), decision.mode, stream
+                )
+
+
+_ACTIONS: tuple[RuleAction, ...] = ("pass", "tag", "refuse")
+
+
+def _done(verdict: RuleAction, mode: Mode) -> str:
+    return verdict if mode == "enforce" else "pass"

@@ -11,6 +11,7 @@
         expose_score: false
     keys:                            # sha256 of each API key; none: loopback only
       - {sha256: "…", tenant: acme, policy: default}
+    bundles: ["…"]                   # digests of the bundles to accept from the engine; left out: any
 
 A rule that can never match is an error: when it is read if both thresholds are of one kind, otherwise as soon
 as the engine has told what its false-positive rates mean.
@@ -111,10 +112,13 @@ class Policy(_File):
         return Decision(policy=name, mode=self.mode, rules=rules)
 
 
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
 class ApiKey(_File):
     """One client key, known by its digest only."""
 
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    sha256: Digest
     tenant: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")
     policy: str = DEFAULT_NAME
 
@@ -127,6 +131,8 @@ class Policies(_File):
 
     policies: dict[PolicyName, Policy] = Field(min_length=1)
     keys: list[ApiKey] = []
+    bundles: Annotated[list[Digest], Field(min_length=1)] | None = None
+    """Digests of the bundles that the engine's guard may run (``neuronguard bundle show``); None: any."""
 
     @model_validator(mode="before")
     @classmethod
@@ -150,6 +156,10 @@ class Policies(_File):
         if len({key.sha256 for key in self.keys}) != len(self.keys):
             raise ValueError("the same sha256 stands in keys twice")
         return self
+
+    def accepts(self, bundle: str) -> bool:
+        """Whether the engine's guard may run the bundle with this digest."""
+        return self.bundles is None or bundle in self.bundles
 
 
 @dataclass(frozen=True)

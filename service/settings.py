@@ -28,6 +28,8 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     """Address to bind. Anything but loopback needs API keys in the policy file."""
     port: int = Field(default=8000, ge=0, le=65535)
+    metrics_port: int | None = Field(default=None, ge=1, le=65535)
+    """Serve ``/metrics`` on this port and no longer on the public one."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     audit_scores: bool = False
     """Write P(unsafe) into the audit log."""

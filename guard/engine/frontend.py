@@ -108,7 +108,7 @@ class Exchanges:
         if exchange is None:  # its HTTP request is over
             return
         verdict = Verdict.model_validate_json(text)
-        if exchange.record(request_id, verdict):
+        if exchange.record(request_id, verdict) and exchange.source != "self-test":
             VERDICTS.labels(verdict.action, verdict.mode, exchange.source).inc()
 
 

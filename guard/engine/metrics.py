@@ -1,9 +1,16 @@
 """Counters of the engine's API server, exposed beside vLLM's own on its ``/metrics``.
 
-They cover all traffic, also what reaches vLLM without passing the gateway (``source="direct"``).
+They cover all traffic, also what reaches vLLM without passing the gateway (``source="direct"``). Every
+counter starts at zero for each value of its labels, so that Prometheus sees the first event as an increase.
 """
 
-from prometheus_client import Counter
+from itertools import product
+
+from prometheus_client import Counter, Gauge
+
+from guard.sealed import SEAL_ERRORS
+from guard.verdict import DIRECTIVE_ERRORS as REASONS
+from guard.verdict import EngineStatus, Mode, RuleAction
 
 VERDICTS = Counter(
     "guard_engine_verdicts",
@@ -16,3 +23,27 @@ DIRECTIVE_ERRORS = Counter(
 MISSING_VERDICTS = Counter(
     "guard_engine_missing_verdicts", "Directed requests that were not answered because no verdict was bound."
 )
+READY = Gauge("guard_engine_ready", "1 from the moment that the start-up self-test has passed.")
+INFO = Gauge(
+    "guard_engine_info",
+    "1 for the bundle and the versions of this engine.",
+    ("bundle", "model", "label", "guard_version", "vllm_version"),
+)
+
+_ACTIONS: tuple[RuleAction, ...] = ("pass", "tag", "refuse")
+_MODES: tuple[Mode, ...] = ("enforce", "observe")
+
+for _action, _mode, _source in product(_ACTIONS, _MODES, ("gateway", "direct")):
+    # Observed requests all pass.
+    if _mode == "enforce" or _action == "pass":
+        VERDICTS.labels(_action, _mode, _source)
+for _source in ("gateway", "direct"):
+    VERDICTS.labels("error", "enforce", _source)
+for _reason in (*SEAL_ERRORS, *REASONS):
+    DIRECTIVE_ERRORS.labels(_reason)
+
+
+def show(status: EngineStatus) -> None:
+    """Expose what this engine is and whether it may answer."""
+    READY.set(status.state == "ready")
+    INFO.labels(status.bundle, status.model, status.label, status.guard_version, status.vllm_version).set(1)

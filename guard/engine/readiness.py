@@ -10,6 +10,7 @@ from guard.bundle import GuardCard
 from guard.engine.config import GuardConfig
 from guard.engine.errors import GuardStartupError
 from guard.engine.exchange import CURRENT, Exchange
+from guard.engine.metrics import show
 from guard.engine.selftest import failure
 from guard.verdict import EngineStatus
 
@@ -35,12 +36,14 @@ class Readiness:
             guard_version=__version__,
             vllm_version=vllm.__version__,
         )
+        show(self.status)
         self._engine_client = engine_client
         self._prompts = card.self_test.prompts
 
     def set(self, state: Literal["starting", "ready", "failed"], detail: str) -> None:
         """Change the state; ``detail`` is a sentence for people."""
         self.status = self.status.model_copy(update={"state": state, "detail": detail})
+        show(self.status)
 
     async def run_self_test(self) -> None:
         """Send the bundle's prompts through the engine. Raises GuardStartupError when one fails.

@@ -57,6 +57,20 @@ async def test_a_new_bundle_moves_the_thresholds(tmp_path: Path) -> None:
         assert w.total("guard_bundle_info") == 1
 
 
+async def test_a_bundle_that_is_not_listed_keeps_the_gateway_closed(tmp_path: Path) -> None:
+    text = f"{{policies: {{default: {{}}}}, bundles: ['{'b' * 64}', '{'d' * 64}']}}"
+    async with world(tmp_path, text) as w:
+        assert w.total("guard_bundle_mismatch") == 0
+        w.engine.status = a_status(bundle="c" * 64)
+        await until_ready(w, False)
+        assert w.total("guard_bundle_mismatch") == 1
+        assert "not under bundles" in w.app.state.gateway.engine.why
+        assert (await w.client.post("/v1/chat/completions", json=CHAT)).status_code == 503
+        w.engine.status = a_status(bundle="d" * 64)
+        await until_ready(w, True)
+        assert w.total("guard_bundle_mismatch") == 0
+
+
 async def test_a_policy_that_the_bundle_cannot_meet_keeps_the_gateway_closed(tmp_path: Path) -> None:
     text = "policies: {default: {rules: [{above: {fpr: 0.5}, action: refuse}]}}"
     async with world(tmp_path, text, ready=False) as w:

@@ -1,8 +1,13 @@
+import re
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
+import guard
+from guard.sealed import SEAL_ERRORS
+from guard.verdict import DIRECTIVE_ERRORS
+from service.errors import STAGES
 from service.metrics import Metrics
 from tests.service.world import BAD_CHAT, CHAT, MODEL, world
 
@@ -18,6 +23,11 @@ NAMES = {
     "guard_inflight_requests",
     "guard_upstream_up",
     "guard_bundle_info",
+    "guard_inflight_requests_limit",
+    "guard_bundle_mismatch",
+    "guard_policy_info",
+    "guard_policy_threshold",
+    "guard_build_info",
 }
 
 
@@ -32,7 +42,52 @@ def test_every_name_has_the_prefix_and_a_description() -> None:
 def test_two_gateways_do_not_share_metrics() -> None:
     first, second = Metrics(CollectorRegistry()), Metrics(CollectorRegistry())
     first.bypass.labels("missing").inc()
-    assert second.registry.get_sample_value("guard_bypass_total", {"reason": "missing"}) is None
+    assert second.registry.get_sample_value("guard_bypass_total", {"reason": "missing"}) == 0
+
+
+def test_the_first_event_of_every_counter_is_an_increase() -> None:
+    """A series that appears with the value 1 has not increased, as Prometheus sees it."""
+    metrics = Metrics(CollectorRegistry())
+    families = {family.name: family for family in metrics.registry.collect()}
+    reasons = {sample.labels["reason"] for sample in families["guard_bypass"].samples}
+    assert reasons == words_raised_by("VerdictError") | words_raised_by("SealError", "guard/sealed.py")
+    stages = {sample.labels["stage"] for sample in families["guard_errors"].samples}
+    assert stages == set(STAGES)
+
+
+def test_every_directive_error_is_known_beforehand() -> None:
+    raised = words_raised_by("DirectiveError") | words_raised_by("SealError", "guard/sealed.py")
+    assert raised == {*SEAL_ERRORS, *DIRECTIVE_ERRORS}
+
+
+def words_raised_by(error: str, file: str = "") -> set[str]:
+    """The literal reasons with which an error is raised anywhere in the sources (or in one file)."""
+    root = Path(guard.__file__).parent.parent
+    files = [root / file] if file else [*root.glob("guard/**/*.py"), *root.glob("service/**/*.py")]
+    return {
+        word for path in files for word in re.findall(rf'raise {error}\("(\w+)"\)', path.read_text("utf-8"))
+    }
+
+
+async def test_policies_and_their_thresholds_show(tmp_path: Path) -> None:
+    text = """
+    policies:
+      default: {rules: [{above: {fpr: 0.001}, action: refuse}, {above: {fpr: 0.05}, action: tag}]}
+      watch: {mode: observe, on_missing_verdict: open}
+    """
+    async with world(tmp_path, text) as w:
+        assert (
+            w.metric("guard_policy_info", policy="default", mode="enforce", on_missing_verdict="closed") == 1
+        )
+        assert w.metric("guard_policy_info", policy="watch", mode="observe", on_missing_verdict="open") == 1
+        thresholds = {"refuse": 0.9, "tag": 0.2}
+        for action, above in thresholds.items():
+            assert w.metric("guard_policy_threshold", policy="default", model=MODEL, action=action) == above
+        common = {"model": MODEL, "stream": "true", "verdict": "refuse"}
+        for policy, mode, action in (("default", "enforce", "refuse"), ("watch", "observe", "pass")):
+            labels = common | {"policy": policy, "mode": mode, "action": action}
+            assert w.metric("guard_requests_total", **labels) == 0
+        assert w.metric("guard_inflight_requests_limit") == 1024
 
 
 async def test_what_a_request_leaves_behind(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""What runs around the guard: containers, monitoring and its dashboards."""

@@ -1,0 +1,82 @@
+"""The process itself: ``python -m service``."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from guard.healthcheck import main as healthcheck
+from guard.sealed import Keyring
+from tests.e2e.servers import free_port, process, wait_until
+
+
+def environment(folder: Path, **more: str) -> dict[str, str]:
+    keys = folder / "keys"
+    if not keys.exists():
+        Keyring.generate().save(keys)
+    return {"NEURONGUARD_KEY_FILE": str(keys), "NEURONGUARD_ENGINE_URL": "http://127.0.0.1:9", **more}
+
+
+@contextmanager
+def running(folder: Path, **more: str) -> Iterator[str]:
+    port = free_port()
+    command = [sys.executable, "-m", "service"]
+    with process(command, environment(folder, NEURONGUARD_PORT=str(port), **more), folder / "log") as child:
+        wait_until(f"http://127.0.0.1:{port}/healthz", child, folder / "log", 30.0)
+        yield f"http://127.0.0.1:{port}"
+
+
+def test_metrics_on_a_port_of_their_own_are_not_public(tmp_path: Path) -> None:
+    port = free_port()
+    with running(tmp_path, NEURONGUARD_METRICS_PORT=str(port)) as public:
+        assert httpx.get(f"{public}/metrics").status_code == 404
+        text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+        assert "guard_upstream_up" in text
+        assert "process_open_fds" in text
+
+
+def test_metrics_are_on_the_only_port_otherwise(tmp_path: Path) -> None:
+    with running(tmp_path) as public:
+        assert "guard_upstream_up" in httpx.get(f"{public}/metrics").text
+
+
+def test_the_container_health_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with running(tmp_path) as public:
+        assert healthcheck([f"{public}/healthz"]) == 0
+        assert healthcheck([f"{public}/readyz"]) == 1
+    assert capsys.readouterr().out.startswith("503: ")
+
+
+def test_a_metrics_port_in_use_is_one_sentence(tmp_path: Path) -> None:
+    with running(tmp_path) as public:
+        taken = public.rpartition(":")[2]
+        done = subprocess.run(
+            [sys.executable, "-m", "service"],
+            env={**os.environ, **environment(tmp_path, NEURONGUARD_METRICS_PORT=taken)},
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert f"neuronguard: The metrics cannot be served on 127.0.0.1:{taken}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("value", ["0", "70000", "x"])
+def test_a_wrong_metrics_port_is_named(value: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "service"],
+        env={**os.environ, **environment(tmp_path, NEURONGUARD_METRICS_PORT=value)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "NEURONGUARD_METRICS_PORT" in done.stderr
