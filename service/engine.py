@@ -65,6 +65,13 @@ class EngineWatch:
         """Ask at once, because something about a request was not as the last status said."""
         self._hurry.set()
 
+    def heard(self) -> None:
+        """A verdict of the engine in force was just verified: status requests missed before do not count.
+
+        In a burst the API server may be too busy for three of them in a row while it answers everybody.
+        """
+        self._misses = 0
+
     async def run(self) -> None:
         """Poll for ever."""
         pause = _FIRST_PAUSE

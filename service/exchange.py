@@ -142,7 +142,9 @@ def _verify(call: Call, order: Order, answer: EngineAnswer) -> Verdict | None:
             code="guard_failed",
             stage="guard",
         )
-    if verdict.bundle != call.engine.status.bundle:
+    if verdict.bundle == call.engine.status.bundle:
+        call.gateway.engine.heard()
+    else:
         call.gateway.engine.look_again()
     return verdict
 

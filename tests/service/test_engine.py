@@ -122,6 +122,29 @@ async def test_one_missed_status_is_forgiven_three_are_not() -> None:
     assert caught.value.status == 503
 
 
+async def test_an_engine_that_gives_verdicts_is_not_taken_for_dead() -> None:
+    away = UnreachableError("away")
+    watch = watching(a_status(), *[away] * 7)
+    ready = []
+    for misses_so_far in range(8):
+        if misses_so_far == 3:
+            watch.heard()
+        await watch.poll()
+        ready.append(watch.ready is not None)
+    assert ready == [True, True, True, True, True, False, False, False]
+
+
+async def test_a_verified_verdict_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = []
+    monkeypatch.setattr(EngineWatch, "heard", lambda self: heard.append(1))
+    async with world(tmp_path) as w:
+        assert (await w.client.post("/v1/chat/completions", json=CHAT)).status_code == 200
+        assert heard == [1]
+        w.engine.seal = lambda verdict: None
+        assert (await w.client.post("/v1/chat/completions", json=CHAT)).status_code == 503
+        assert heard == [1]
+
+
 async def test_an_engine_that_says_it_is_not_ready_is_believed_at_once() -> None:
     watch = watching(a_status(), a_status(state="failed", detail="self-test"))
     await watch.poll()
