@@ -74,10 +74,6 @@ REFUSED: tuple[tuple[str, Check], ...] = (
         lambda c: bool(getattr(c.model_config.hf_text_config, "use_bidirectional_attention", False)),
     ),
     (
-        "soft-capped attention in Gemma3 models (attn_logit_softcapping)",  # vLLM leaves it out
-        lambda c: _architecture(c) == "Gemma3ForCausalLM" and _softcap(c) is not None,
-    ),
-    (
         "rotary scaling of the longrope kind beyond the original context; "
         "lower --max-model-len to original_max_position_embeddings",
         lambda c: 0 < _original_context(c) < c.model_config.max_model_len,
@@ -106,10 +102,6 @@ def _architecture(vllm_config: Any) -> str:
 def _has_window(vllm_config: Any) -> bool:
     kinds = getattr(vllm_config.model_config.hf_text_config, "layer_types", None) or ()
     return "sliding_attention" in kinds
-
-
-def _softcap(vllm_config: Any) -> float | None:
-    return getattr(vllm_config.model_config.hf_text_config, "attn_logit_softcapping", None)
 
 
 def _original_context(vllm_config: Any) -> int:

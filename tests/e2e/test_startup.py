@@ -81,10 +81,9 @@ def test_further_architectures_are_not_refused(tmp_path, kind):
         ("qwen2", {**WINDOW, "max_window_layers": 2}, "sliding windows"),
         ("qwen2", {**WINDOW, "max_window_layers": 0}, "sliding windows"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
-        ("gemma3_text", {"attn_logit_softcapping": 30.0}, "attn_logit_softcapping"),
         ("phi3_longrope", {"original_max_position_embeddings": 511}, "lower --max-model-len"),
     ],
-    ids=["window-in-some", "window-in-all", "bidirectional", "gemma3-softcap", "longrope"],
+    ids=["window-in-some", "window-in-all", "bidirectional", "longrope"],
 )
 def test_variant_that_vllm_computes_otherwise_is_refused_by_name(tmp_path, kind, sizes, sentence):
     assert sentence in refused(configuration(architectures.make_model(tmp_path / "model", kind, **sizes)))
