@@ -64,8 +64,12 @@ class Checkpoint:
 
     def load_model(self, dtype: str = "float32", device: str = "cpu") -> Any:
         """The model for reading: no gradients, no dropout. Only safetensors files are opened."""
+        config = AutoConfig.from_pretrained(self.path, local_files_only=True)
+        if getattr(config, "attn_logit_softcapping", None) is not None:
+            # transformers' default attention leaves soft-capping out without a word; vLLM does not.
+            config._attn_implementation = "eager"
         model = AutoModelForCausalLM.from_pretrained(
-            self.path, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True
+            self.path, config=config, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True
         )
         return model.requires_grad_(False).eval().to(device)
 

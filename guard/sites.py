@@ -2,7 +2,8 @@
 
 A site is one such layer: ``mlp`` is the input of ``down_proj`` (one unit a neuron), ``attention`` the input
 of ``o_proj`` (one unit a head, ``head_dim`` columns each). transformers and vLLM use the same module names
-for the layouts listed here; vLLM splits the input by columns over tensor-parallel ranks.
+for the layouts listed here; vLLM splits the input by columns over tensor-parallel ranks. Whether queries,
+keys and values, or gate and up, are one layer or several does not matter: both end before these two inputs.
 """
 
 from __future__ import annotations
@@ -11,15 +12,21 @@ from typing import Any, Literal, NamedTuple
 
 SiteKind = Literal["mlp", "attention"]
 
+_DECODER: dict[SiteKind, str] = {
+    "mlp": "model.layers.{layer}.mlp.down_proj",
+    "attention": "model.layers.{layer}.self_attn.o_proj",
+}
+
 MODULES: dict[str, dict[SiteKind, str]] = {
-    "LlamaForCausalLM": {
-        "mlp": "model.layers.{layer}.mlp.down_proj",
-        "attention": "model.layers.{layer}.self_attn.o_proj",
-    },
-    "Qwen3ForCausalLM": {
-        "mlp": "model.layers.{layer}.mlp.down_proj",
-        "attention": "model.layers.{layer}.self_attn.o_proj",
-    },
+    # act(gate) * up and softmax(q k) v, in every one of them; what differs comes before that or after it.
+    "Gemma2ForCausalLM": _DECODER,  # head_dim is a size of its own; soft-capped scores; window in some layers
+    "Gemma3ForCausalLM": _DECODER,  # head_dim is a size of its own; q and k norm; window in some layers
+    "LlamaForCausalLM": _DECODER,
+    "MistralForCausalLM": _DECODER,  # one window for all layers, or none
+    "Olmo2ForCausalLM": _DECODER,  # norms after the blocks; q and k norm over all heads together
+    "Phi3ForCausalLM": _DECODER,  # qkv_proj and gate_up_proj in the checkpoint; one window for all, or none
+    "Qwen2ForCausalLM": _DECODER,  # biased q, k and v
+    "Qwen3ForCausalLM": _DECODER,  # q and k norm
 }
 
 

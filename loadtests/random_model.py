@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from guard.bundle import Bundle, Calibration, DataFile, GuardCard, ModelCard, SelfTest, Site
 from guard.digest import tokenizer_digest, weights_digest
@@ -36,10 +36,11 @@ FIXED: dict[str, Any] = {
 def make_model(directory: Path, sizes: dict[str, Any], architecture: str = "llama", seed: int = 0) -> Path:
     """Write a random float32 checkpoint with a byte-level tokenizer; returns ``directory``.
 
-    ``sizes`` are fields of the transformers configuration, on top of those the tokenizer fixes.
+    ``sizes`` are fields of the transformers configuration, on top of those the tokenizer fixes;
+    ``architecture`` is its ``model_type``.
     """
     torch.manual_seed(seed)
-    config = {"llama": LlamaConfig, "qwen3": Qwen3Config}[architecture](**{**FIXED, **sizes})
+    config = AutoConfig.for_model(architecture, **{**FIXED, **sizes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(directory)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -58,7 +59,10 @@ class Reference:
 
     def __init__(self, directory: Path, sites: tuple[Site, ...]) -> None:
         self.sites = sites
-        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        # The written-out attention: it is the only one that soft-caps.
+        self.model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
         self.shape = shape_of(self.model.config)
 
     @torch.no_grad()

@@ -15,6 +15,9 @@ from guard.sites import MODULES
 
 Check = Callable[[Any], bool]
 
+TRANSFORMERS_BACKEND = ("Olmo2ForCausalLM",)
+"""Architectures that vLLM runs with transformers' own layers, having no class for them."""
+
 REFUSED: tuple[tuple[str, Check], ...] = (
     (
         "pipeline parallelism (--pipeline-parallel-size)",
@@ -58,6 +61,24 @@ REFUSED: tuple[tuple[str, Check], ...] = (
         lambda c: bool(getattr(c, "use_v2_model_runner", False)),
     ),
     (
+        "vLLM's other implementation of this model; leave out --model-impl",
+        lambda c: c.model_config.using_transformers_backend() != (_architecture(c) in TRANSFORMERS_BACKEND),
+    ),
+    (
+        # vLLM's classes for them have no window for single layers; one in every layer was not tried.
+        "sliding windows in Qwen2 and Qwen3 models (use_sliding_window)",
+        lambda c: _architecture(c) in ("Qwen2ForCausalLM", "Qwen3ForCausalLM") and _has_window(c),
+    ),
+    (
+        "bidirectional attention (use_bidirectional_attention)",  # vLLM reads prompts causally all the same
+        lambda c: bool(getattr(c.model_config.hf_text_config, "use_bidirectional_attention", False)),
+    ),
+    (
+        "rotary scaling of the longrope kind beyond the original context; "
+        "lower --max-model-len to original_max_position_embeddings",
+        lambda c: 0 < _original_context(c) < c.model_config.max_model_len,
+    ),
+    (
         "vLLM's development mode, whose routes replace weights (VLLM_SERVER_DEV_MODE)",
         lambda c: os.environ.get("VLLM_SERVER_DEV_MODE", "0") not in ("", "0"),
     ),
@@ -72,6 +93,27 @@ def refuse_unsupported(vllm_config: Any) -> None:
         found.append(f"the architecture {', '.join(architectures)} (supported: {', '.join(sorted(MODULES))})")
     if found:
         raise GuardStartupError("this version of the guard does not support: " + "; ".join(found))
+
+
+def _architecture(vllm_config: Any) -> str:
+    return str(vllm_config.model_config.architectures[0])
+
+
+def _has_window(vllm_config: Any) -> bool:
+    kinds = getattr(vllm_config.model_config.hf_text_config, "layer_types", None) or ()
+    return "sliding_attention" in kinds
+
+
+def _original_context(vllm_config: Any) -> int:
+    """Tokens up to which a longrope model keeps its first angles; 0 for other models.
+
+    With room for more, vLLM turns short prompts by the angles for long ones; transformers does not.
+    """
+    config = vllm_config.model_config.hf_text_config
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return 0
+    return int(rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)
 
 
 def _api_servers(vllm_config: Any) -> int:

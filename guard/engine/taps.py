@@ -60,7 +60,9 @@ class Taps:
             count = staging.count
             if count == 0:  # a step of decode only
                 return
-            picked = args[0].index_select(0, rows[:count].to(index.device))
+            # [tokens, width], or [1, tokens, width] where transformers' own layers run inside vLLM.
+            tokens = args[0].flatten(0, -2)
+            picked = tokens.index_select(0, rows[:count].to(index.device))
             out[:count].copy_(picked if every else picked.index_select(1, index))
 
         module.register_forward_pre_hook(read)

@@ -13,7 +13,9 @@ from guard.engine.config import AUDIENCE_ENV, KEY_FILE_ENV, GuardConfig, verify_
 from guard.engine.errors import GuardStartupError
 from tests.e2e.inprocess import ENGINE, SETTINGS
 from tests.e2e.servers import ENVIRONMENT, engine_command, free_port, process
-from tests.engine import world
+from tests.engine import architectures, world
+
+WINDOW = {"use_sliding_window": True, "sliding_window": 40}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,6 +68,64 @@ def test_options_that_no_cpu_configuration_can_have_are_refused_too(tiny_model):
     assert "--no-async-scheduling" in refused(config)
 
 
+@pytest.mark.parametrize("kind", sorted(architectures.SIZES))
+def test_further_architectures_are_not_refused(tmp_path, kind):
+    from guard.engine.support import refuse_unsupported
+
+    refuse_unsupported(configuration(architectures.make_model(tmp_path / "model", kind)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "sentence"),
+    [
+        ("qwen2", {**WINDOW, "max_window_layers": 2}, "sliding windows"),
+        ("qwen2", {**WINDOW, "max_window_layers": 0}, "sliding windows"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("phi3_longrope", {"original_max_position_embeddings": 511}, "lower --max-model-len"),
+    ],
+    ids=["window-in-some", "window-in-all", "bidirectional", "longrope"],
+)
+def test_variant_that_vllm_computes_otherwise_is_refused_by_name(tmp_path, kind, sizes, sentence):
+    assert sentence in refused(configuration(architectures.make_model(tmp_path / "model", kind, **sizes)))
+
+
+def test_sliding_windows_in_qwen3_are_refused(tmp_path):
+    from loadtests.random_model import make_model
+
+    sizes = {**world.SIZES, **WINDOW, "max_window_layers": 0}
+    assert "sliding windows" in refused(configuration(make_model(tmp_path / "model", sizes, "qwen3")))
+
+
+def test_the_other_implementation_of_a_model_is_refused(tiny_model):
+    assert "--model-impl" in refused(configuration(tiny_model, model_impl="transformers"))
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "sentence"),
+    [
+        ("parallel_config", "data_parallel_size", 2, "--data-parallel-size"),
+        ("parallel_config", "decode_context_parallel_size", 2, "--decode-context-parallel-size"),
+        ("parallel_config", "_api_process_count", 2, "--api-server-count"),
+        ("parallel_config", "use_ubatching", True, "--enable-dbo"),
+        ("model_config", "quantization", "fp8", "--quantization"),
+        ("model_config", "runner_type", "pooling", "--runner pooling"),
+        ("model_config", "is_multimodal_model", True, "multi-modal"),
+        ("model_config", "is_encoder_decoder", True, "encoder-decoder"),
+        (None, "use_v2_model_runner", True, "VLLM_USE_V2_MODEL_RUNNER=0"),
+    ],
+)
+def test_configuration_with_one_field_changed_is_refused(
+    tiny_model, monkeypatch, part, name, value, sentence
+):
+    config = configuration(tiny_model)
+    holder = config if part is None else getattr(config, part)
+    if isinstance(getattr(type(holder), name, None), property):
+        monkeypatch.setattr(type(holder), name, value)
+    else:
+        setattr(holder, name, value)  # also over a cached_property
+    assert sentence in refused(config)
+
+
 def test_development_mode_is_refused(tiny_model, monkeypatch):
     monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
     assert "VLLM_SERVER_DEV_MODE" in refused(configuration(tiny_model))
@@ -83,6 +143,9 @@ def test_unknown_architecture_is_refused(tiny_model):
                 "is_multimodal_model",
                 "is_encoder_decoder",
                 "enforce_eager",
+                "using_transformers_backend",
+                "hf_text_config",
+                "max_model_len",
             )
         },
         architectures=["MixtralForCausalLM"],
