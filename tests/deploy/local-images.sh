@@ -16,12 +16,12 @@ work="$folder/root"
     # Installing needs this machine's certificates, its name servers and the extra wheels.
     cp /etc/ssl/certs/ca-certificates.crt "$work/etc/ssl/certs/ca-certificates.crt"
     cp /etc/resolv.conf "$work/etc/resolv.conf"
-    if [ -n "$wheels" ]; then mkdir -p "$work/opt/wheels" && cp "$wheels"/torch-*.whl "$work/opt/wheels/"; fi
-    printf '[global]\ncert = /etc/ssl/certs/ca-certificates.crt\nfind-links = /opt/wheels\n' > "$folder/pip.conf"
+    if [ -n "$wheels" ]; then mkdir -p "$work/wheels" && cp "$wheels"/torch-*.whl "$work/wheels/"; fi
+    printf '[global]\ncert = /etc/ssl/certs/ca-certificates.crt\nfind-links = /wheels\n' > "$folder/pip.conf"
     tar -C "$work" -c . | docker import - neuronguard-test/build:bookworm
 
     # Running does not: about as small as the official slim image.
-    tar -C "$work" -c --exclude=./opt/wheels --exclude='./usr/share/doc/*' --exclude='./usr/share/man/*' \
+    tar -C "$work" -c --exclude=./wheels --exclude='./usr/share/doc/*' --exclude='./usr/share/man/*' \
         --exclude='./usr/share/locale/*' --exclude='./usr/share/python-wheels' --exclude='./var/cache/apt/*' \
         --exclude='./var/lib/apt/lists/*' --exclude='./var/log/*' --exclude='./var/cache/debconf/*' \
         --exclude='./usr/lib/python3*/ensurepip' . | docker import - neuronguard-test/python:bookworm

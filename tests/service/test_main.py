@@ -52,31 +52,28 @@ def test_the_container_health_check(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out.startswith("503: ")
 
 
-def test_a_metrics_port_in_use_is_one_sentence(tmp_path: Path) -> None:
-    with running(tmp_path) as public:
-        taken = public.rpartition(":")[2]
-        done = subprocess.run(
-            [sys.executable, "-m", "service"],
-            env={**os.environ, **environment(tmp_path, NEURONGUARD_METRICS_PORT=taken)},
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=False,
-        )
-    assert done.returncode == 2
-    assert f"neuronguard: The metrics cannot be served on 127.0.0.1:{taken}" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize("value", ["0", "70000", "x"])
-def test_a_wrong_metrics_port_is_named(value: str, tmp_path: Path) -> None:
+def refused(folder: Path, **more: str) -> str:
+    """Start a gateway that cannot run; returns the sentence that it leaves."""
     done = subprocess.run(
         [sys.executable, "-m", "service"],
-        env={**os.environ, **environment(tmp_path, NEURONGUARD_METRICS_PORT=value)},
+        env={**os.environ, **environment(folder, **more)},
         capture_output=True,
         text=True,
         timeout=30,
         check=False,
     )
     assert done.returncode == 2
-    assert "NEURONGUARD_METRICS_PORT" in done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_a_metrics_port_in_use_is_one_sentence(tmp_path: Path) -> None:
+    with running(tmp_path) as public:
+        taken = public.rpartition(":")[2]
+        said = refused(tmp_path, NEURONGUARD_METRICS_PORT=taken)
+    assert said.startswith(f"neuronguard: The metrics cannot be served on 127.0.0.1:{taken}")
+
+
+@pytest.mark.parametrize("value", ["0", "70000", "x"])
+def test_a_wrong_metrics_port_is_named(value: str, tmp_path: Path) -> None:
+    assert "NEURONGUARD_METRICS_PORT" in refused(tmp_path, NEURONGUARD_METRICS_PORT=value)
