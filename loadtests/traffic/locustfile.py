@@ -2,6 +2,9 @@
 
     locust --headless --locustfile loadtests/traffic/locustfile.py --host http://localhost:8080 --run-time 10m
 
+The unwelcome questions were chosen because the lab model's bundle refuses them (13 of 20 tried): they fill a
+dashboard and measure nothing.
+
 API keys come from files in ``NEURONGUARD_CLIENT_KEYS`` (default ``/run/secrets/client``). An answer without a
 verdict of the guard counts as a failure.
 """
