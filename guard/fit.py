@@ -24,6 +24,7 @@ from guard.capture import Float32Array
 from guard.data import Dataset
 from guard.observe import Observations, Subject
 from guard.probe import BoolArray, Choice, LinearProbe, Selector, choose_strength, fit_probe, select_columns
+from guard.scorer import Scorer
 from guard.units import (
     Units,
     columns_within,
@@ -279,4 +280,4 @@ def _pack(
             **settings.recorded(),
         },
     )
-    return Bundle(card, fitted.probe.weight, float(np.float32(fitted.probe.bias)))
+    return Bundle(card, Scorer.linear(fitted.probe.weight, fitted.probe.bias))

@@ -69,7 +69,7 @@ def large_model(directory: Path, seed: int) -> tuple[Path, Path, Path]:
 def _with_threshold(bundle: Bundle, directory: Path, probability: float) -> Path:
     thresholds = tuple(t.model_copy(update={"probability": probability}) for t in bundle.card.thresholds)
     card = bundle.card.model_copy(update={"thresholds": thresholds})
-    return Bundle(card, bundle.weight, bundle.bias).save(directory)
+    return Bundle(card, bundle.scorer).save(directory)
 
 
 def compare(

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from guard.bundle import Bundle, Calibration, DataFile, GuardCard, ModelCard, SelfTest, Site
 from guard.digest import tokenizer_digest, weights_digest
+from guard.scorer import Scorer
 from guard.sites import shape_of
 from guard.verdict import Threshold
 
@@ -136,6 +137,6 @@ def make_bundle(
         ),
         created={"by": "loadtests.random_model"},
     )
-    bundle = Bundle(card, weight, bias)
+    bundle = Bundle(card, Scorer.linear(weight, bias))
     bundle.save(directory)
     return bundle

@@ -28,8 +28,8 @@ class Taps:
         shape = (max_requests, bundle.card.features)
         # NaN: a row that no tap has filled can never pass for a score.
         self._features = torch.full(shape, float("nan"), dtype=torch.float32, device=device)
-        self._weight = torch.from_numpy(bundle.weight).to(device)
-        self._bias = torch.tensor(bundle.bias, dtype=torch.float32, device=device)
+        self._weight = torch.from_numpy(bundle.scorer.weight[0]).to(device)
+        self._bias = torch.tensor(float(bundle.scorer.bias[0]), dtype=torch.float32, device=device)
         self._card = bundle.card
 
     def install(self, model: nn.Module) -> None:

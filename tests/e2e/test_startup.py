@@ -11,6 +11,7 @@ from guard.bundle import Bundle
 from guard.engine import compat, launch
 from guard.engine.config import AUDIENCE_ENV, KEY_FILE_ENV, GuardConfig, verify_served_model
 from guard.engine.errors import GuardStartupError
+from guard.scorer import Scorer
 from tests.e2e.inprocess import ENGINE, SETTINGS
 from tests.e2e.servers import ENVIRONMENT, engine_command, free_port, process
 from tests.engine import architectures, world
@@ -238,9 +239,9 @@ def test_launcher_ends_in_one_sentence(
 @pytest.fixture
 def changed_bundle(tiny_bundle, tmp_path):
     """A bundle whose probe was changed after its self-test was recorded."""
-    weight = tiny_bundle.weight.copy()
-    weight[3] += 0.5
-    return Bundle(tiny_bundle.card, weight, tiny_bundle.bias).save(tmp_path / "bundle")
+    weight = tiny_bundle.scorer.weight.copy()
+    weight[0, 3] += 0.5
+    return Bundle(tiny_bundle.card, Scorer(weight, tiny_bundle.scorer.bias)).save(tmp_path / "bundle")
 
 
 def test_engine_that_scores_otherwise_answers_nobody(tiny_model, tiny_bundle, changed_bundle):

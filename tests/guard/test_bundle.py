@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from safetensors.numpy import save_file
 
 from guard.bundle import Bundle, BundleError, Calibration, GuardCard
+from guard.scorer import Scorer
 from tests.guard import worlds
 
 MATCHING = {
@@ -26,8 +27,8 @@ def test_a_saved_bundle_loads_as_it_was(tmp_path: Path) -> None:
     bundle = worlds.bundle()
     loaded = Bundle.load(bundle.save(tmp_path / "b"))
     assert loaded.card == bundle.card
-    assert loaded.weight.tobytes() == bundle.weight.tobytes()
-    assert loaded.bias == bundle.bias
+    assert loaded.scorer.weight.tobytes() == bundle.scorer.weight.tobytes()
+    assert loaded.scorer.bias.tobytes() == bundle.scorer.bias.tobytes()
     assert loaded.digest == bundle.digest
 
 
@@ -39,8 +40,8 @@ def test_a_bundle_can_be_read_by_everybody(tmp_path: Path) -> None:
 
 def test_the_digest_covers_card_and_arrays() -> None:
     bundle = worlds.bundle()
-    other_weight = Bundle(bundle.card, bundle.weight * 2, bundle.bias)
-    other_bias = Bundle(bundle.card, bundle.weight, 0.25)
+    other_weight = Bundle(bundle.card, Scorer(bundle.scorer.weight * 2, bundle.scorer.bias))
+    other_bias = Bundle(bundle.card, Scorer.linear(bundle.scorer.weight[0], 0.25))
     other_card = worlds.bundle(label="unsafe_output")
     assert len({b.digest for b in (bundle, other_weight, other_bias, other_card)}) == 4
 
@@ -74,7 +75,7 @@ def test_logits_are_a_dot_product_in_feature_order() -> None:
     assert bundle.card.features == 10
     assert bundle.card.columns(bundle.card.sites[1]) == list(range(16, 24))
     x = np.eye(10, dtype=np.float32)
-    np.testing.assert_array_equal(bundle.logits(x), bundle.weight + np.float32(0.5))
+    np.testing.assert_array_equal(bundle.logits(x), bundle.scorer.weight[0] + np.float32(0.5))
 
 
 @pytest.mark.parametrize(
@@ -164,7 +165,7 @@ def test_a_card_with_a_fault_does_not_load(tmp_path: Path, change: str) -> None:
             r"\[1, 10\]",
         ),
         ({"probe.weight": np.zeros(10, np.float64), "probe.bias": np.zeros(1, np.float32)}, "float64"),
-        ({"probe.weight": np.zeros(10, np.float32)}, "lacks probe.bias"),
+        ({"probe.weight": np.zeros(10, np.float32)}, "lack probe.bias"),
         ({"probe.weight": np.zeros(10, np.float32), "probe.bias": np.zeros(2, np.float32)}, "probe.bias"),
         ({"probe.weight": np.zeros(10, np.float32), "probe.bias": np.zeros(0, np.float32)}, "probe.bias"),
     ],
@@ -218,3 +219,10 @@ def test_the_ends_of_the_probability_scale_are_infinitely_far() -> None:
 def test_a_card_cannot_be_changed() -> None:
     with pytest.raises(ValidationError):
         worlds.bundle().card.label = "unsafe_output"
+
+
+def test_a_bundle_made_before_hidden_layers_and_adapters_keeps_its_digest() -> None:
+    shipped = Path(__file__).parents[2] / "models" / "lab" / "bundle"
+    loaded = Bundle.load(shipped)
+    assert loaded.digest == "591c1995e3b096ad56873f896d3c23bef5753c2d569438307e7fc30702be5fc6"
+    assert loaded.card.adapters == ()

@@ -10,6 +10,7 @@ from click.testing import CliRunner, Result
 
 from guard.bundle import Bundle
 from guard.cli import main
+from guard.scorer import Scorer
 from tests.guard import worlds
 
 
@@ -120,9 +121,9 @@ def test_self_test_scores_that_do_not_come_out_are_noticed(
     fitted: Path, planted: worlds.Planted, tmp_path: Path
 ) -> None:
     bundle = Bundle.load(fitted)
-    weight = bundle.weight.copy()
-    weight[0] += 1.0
-    Bundle(bundle.card, weight, bundle.bias).save(tmp_path / "b")
+    weight = bundle.scorer.weight.copy()
+    weight[0, 0] += 1.0
+    Bundle(bundle.card, Scorer(weight, bundle.scorer.bias)).save(tmp_path / "b")
     result = run("bundle", "verify", tmp_path / "b", "--model", planted.model)
     assert result.exit_code == 1
     assert "self-test scores in" in result.output

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from guard.bundle import Bundle, GuardCard
 from guard.capture import read_prompts
 from guard.prompts import encode
+from guard.scorer import Scorer
 from guard.sites import shape_of
 from guard.units import every_neuron
 
@@ -180,4 +181,13 @@ def card(**changes: Any) -> dict[str, Any]:
 def bundle(**changes: Any) -> Bundle:
     """A bundle for :func:`card`: ten features, two neurons and one head of eight columns."""
     made = GuardCard.model_validate(card(**changes))
-    return Bundle(made, np.linspace(-1, 1, made.features, dtype=np.float32), 0.5)
+    return Bundle(made, Scorer.linear(np.linspace(-1, 1, made.features, dtype=np.float32), 0.5))
+
+
+def mlp_bundle(hidden: int, *, seed: int = 0, **changes: Any) -> Bundle:
+    """A bundle for :func:`card` whose probe has a hidden layer of random weights."""
+    made = GuardCard.model_validate(card(probe="mlp", **changes))
+    random = np.random.default_rng(seed)
+    weight = random.standard_normal((hidden, made.features), dtype=np.float32)
+    bias, readout = random.standard_normal((2, hidden), dtype=np.float32)
+    return Bundle(made, Scorer(weight, bias, readout, 0.5))
