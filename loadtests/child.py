@@ -41,7 +41,7 @@ def make_engine(model: str, bundle: str | None, engine: dict[str, Any]) -> Any:
     llm = LLM(
         model,
         worker_cls="guard.engine.worker.GuardWorker",
-        scheduler_cls="guard.engine.scheduler.GuardScheduler",
+        scheduler_cls="guard.engine.scheduler.guard_scheduler",
         additional_config=GuardConfig.for_bundle(bundle, loaded).entry(),
         **options,
     )

@@ -8,10 +8,12 @@ environment, because vLLM prints ``additional_config``. The keys themselves are 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from guard.adapters import AdapterError, adapter_digest
 from guard.bundle import Bundle, BundleError
 from guard.digest import tokenizer_digest, weights_digest
 from guard.engine.errors import GuardStartupError
@@ -38,6 +40,8 @@ class GuardConfig(BaseModel):
     """Digest the bundle must have: no process can read another one than the launcher checked."""
     default: Decision
     """Applied to requests without a directive."""
+    adapters: dict[str, str] = {}
+    """LoRA adapters that are served, each one listed in the bundle: directory by name."""
 
     @classmethod
     def of(cls, vllm_config: Any) -> GuardConfig:
@@ -54,12 +58,19 @@ class GuardConfig(BaseModel):
             raise GuardStartupError(f"additional_config[{CONFIG_KEY!r}] is not valid: {error}") from error
 
     @classmethod
-    def for_bundle(cls, directory: str, bundle: Bundle, default: Decision | None = None) -> GuardConfig:
+    def for_bundle(
+        cls,
+        directory: str,
+        bundle: Bundle,
+        default: Decision | None = None,
+        adapters: Mapping[str, str] | None = None,
+    ) -> GuardConfig:
         """The entry for a loaded bundle; ``default`` is the bundle's own default decision if None."""
         return cls(
             bundle=os.path.abspath(directory),
             bundle_sha256=bundle.digest,
             default=default or bundle.card.default_decision,
+            adapters=dict(adapters or {}),
         )
 
     def entry(self) -> dict[str, Any]:
@@ -90,6 +101,29 @@ def verify_served_model(bundle: Bundle, directory: str, tokenizer: str, hf_confi
         )
     except (BundleError, UnsupportedArchitectureError, FileNotFoundError) as error:
         raise GuardStartupError(str(error)) from error
+
+
+def verify_adapters(bundle: Bundle, adapters: Mapping[str, str]) -> None:
+    """Refuse LoRA adapters that the bundle does not list by these names and digests.
+
+    ``adapters`` are directories by name. Raises GuardStartupError.
+    """
+    listed = {adapter.name: adapter for adapter in bundle.card.adapters}
+    for name, directory in adapters.items():
+        if name not in listed:
+            raise GuardStartupError(
+                f"the LoRA adapter {name!r} is not listed in the bundle (it lists: "
+                f"{', '.join(sorted(listed)) or 'none'}); list it with: neuronguard bundle adapter"
+            )
+        try:
+            digest = adapter_digest(directory)
+        except AdapterError as error:
+            raise GuardStartupError(str(error)) from error
+        if digest != listed[name].sha256:
+            raise GuardStartupError(
+                f"the LoRA adapter {name!r} in {directory} is not the one that the bundle lists: its digest "
+                f"is {digest}, expected {listed[name].sha256}"
+            )
 
 
 def keyring_from_env() -> Keyring | None:

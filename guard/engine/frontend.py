@@ -128,7 +128,7 @@ class GuardMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry point."""
         if scope["type"] == "lifespan":
-            self._start(scope["app"].state.engine_client)
+            self._start(scope["app"].state)
             await self._app(scope, receive, send)
         elif scope["type"] != "http":
             # A websocket carries no directive: the engine's default policy applies.
@@ -138,11 +138,14 @@ class GuardMiddleware:
         else:
             await self._http(scope, receive, send)
 
-    def _start(self, engine_client: Any) -> None:
+    def _start(self, state: Any) -> None:
+        engine_client = state.engine_client
         config = GuardConfig.of(engine_client.vllm_config)
         card = config.load_bundle().card
         self._exchanges = Exchanges(engine_client.output_processor)
-        self._readiness = Readiness(engine_client, config, card, self._audience)
+        models = getattr(state, "openai_serving_models", None)
+        adapters = models.lora_requests if models is not None else {}
+        self._readiness = Readiness(engine_client, config, card, self._audience, adapters)
         self._self_test = asyncio.get_running_loop().create_task(self._run_self_test(self._readiness))
 
     async def _run_self_test(self, readiness: Readiness) -> None:

@@ -11,23 +11,30 @@ import argparse
 import os
 import secrets
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from guard.bundle import Bundle, BundleError
 from guard.engine import compat
-from guard.engine.config import AUDIENCE_ENV, KEY_FILE_ENV, GuardConfig, keyring_from_env, verify_served_model
+from guard.engine.config import (
+    AUDIENCE_ENV,
+    KEY_FILE_ENV,
+    GuardConfig,
+    keyring_from_env,
+    verify_adapters,
+    verify_served_model,
+)
 from guard.engine.errors import GuardStartupError
 from guard.verdict import Decision, Rule
 
 WORKER = "guard.engine.worker.GuardWorker"
-SCHEDULER = "guard.engine.scheduler.GuardScheduler"
+SCHEDULER = "guard.engine.scheduler.guard_scheduler"
 MIDDLEWARE = "guard.engine.frontend.GuardMiddleware"
 
 
 def environment() -> None:
     """Settings that must be in place before vLLM is imported."""
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ[AUDIENCE_ENV] = os.environ.get(AUDIENCE_ENV) or f"engine-{secrets.token_hex(8)}"
 
@@ -48,7 +55,9 @@ def guard_arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def guard_config(options: argparse.Namespace, bundle: Bundle) -> GuardConfig:
+def guard_config(
+    options: argparse.Namespace, bundle: Bundle, adapters: Mapping[str, str] | None = None
+) -> GuardConfig:
     """The guard's configuration from its flags. Raises GuardStartupError."""
     card = bundle.card
     rate = card.default_false_positive_rate if options.guard_fpr is None else options.guard_fpr
@@ -59,7 +68,7 @@ def guard_config(options: argparse.Namespace, bundle: Bundle) -> GuardConfig:
     default = Decision(
         policy="engine-default", mode=options.guard_mode, rules=(Rule(above=above, action="refuse"),)
     )
-    return GuardConfig.for_bundle(options.bundle, bundle, default)
+    return GuardConfig.for_bundle(options.bundle, bundle, default, adapters)
 
 
 def engine_arguments(options: argparse.Namespace, rest: list[str]) -> argparse.Namespace:
@@ -83,12 +92,12 @@ def engine_arguments(options: argparse.Namespace, rest: list[str]) -> argparse.N
             "(download the checkpoint first, for example with: hf download)"
         )
     _verify(bundle, args)
+    adapters = {module.name: module.path for module in args.lora_modules or ()}
+    verify_adapters(bundle, adapters)
     args.worker_cls = WORKER
     args.scheduler_cls = SCHEDULER
     args.middleware = [*args.middleware, MIDDLEWARE]
-    args.additional_config = {**(args.additional_config or {}), **guard_config(options, bundle).entry()}
-    args.enforce_eager = True
-    args.async_scheduling = False
+    args.additional_config = {**(args.additional_config or {}), **guard_config(options, bundle, adapters).entry()}
     validate_parsed_serve_args(args)
     return args
 

@@ -12,8 +12,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from guard.bundle import GuardCard
-from guard.engine.selftest import SelfTestRun
+from guard.bundle import AdapterCard, GuardCard
+from guard.engine.selftest import Expected, Key, SelfTestRun
 from guard.sealed import Keyring
 from guard.verdict import Action, Decision, Directive, DirectiveError, Verdict
 
@@ -30,8 +30,8 @@ class Entry:
     nonce: str | None = None
     denied: str | None = None
     """Why this request may not be answered whatever its score, as a word for ``Verdict.reason``."""
-    self_test: int | None = None
-    """Index of the self-test prompt this is."""
+    self_test: Key | None = None
+    """Which part of the self-test this is."""
     verdict: Verdict | None = None
 
 
@@ -47,6 +47,7 @@ class Ledger:
         default: Decision,
         keys: Keyring | None,
         audience: str,
+        adapters: Sequence[str] = (),
     ) -> None:
         self._card = card
         self._bundle = bundle
@@ -55,7 +56,10 @@ class Ledger:
         self._audience = audience
         self._entries: dict[str, Entry] = {}
         self._check = Decision(policy="self-test", mode="check", rules=())
-        self.self_test = SelfTestRun(card.self_test, dtype)
+        listed = {adapter.name: adapter for adapter in card.adapters}
+        self.self_test = SelfTestRun(
+            card.self_test, dtype, {name: _expected(listed[name]) for name in adapters}
+        )
         self.unjudged: set[str] = set()
 
     def __len__(self) -> int:
@@ -69,13 +73,17 @@ class Ledger:
         prompt_tokens: int,
         directive: str | None,
         denied: str | None = None,
+        adapter: str | None = None,
     ) -> None:
-        """Enter a new request; ``denied`` names a reason to fail it closed. Never raises on bad input."""
+        """Enter a new request; ``denied`` names a reason to fail it closed. Never raises on bad input.
+
+        ``adapter`` is the name of the LoRA adapter that it runs under.
+        """
         entry = Entry(self._default, prompt_tokens, denied=denied)
         if directive is not None:
             self._apply(entry, directive)
         if not self.self_test.passed and entry.denied is None:
-            entry.self_test = self.self_test.index(prompt)
+            entry.self_test = self.self_test.key(prompt, adapter)
             if entry.self_test is None:
                 entry.denied = "not_ready"
             else:
@@ -155,3 +163,9 @@ class Ledger:
             nonce=entry.nonce,
             reason=reason,
         )
+
+
+def _expected(adapter: AdapterCard) -> dict[str, Expected]:
+    return {
+        dtype: Expected(logits, adapter.tolerance[dtype]) for dtype, logits in adapter.self_test.items()
+    }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
+from itertools import product
 from typing import Any, Literal
 
 from guard import __version__
@@ -18,7 +20,15 @@ from guard.verdict import EngineStatus
 class Readiness:
     """State of the engine behind one API server."""
 
-    def __init__(self, engine_client: Any, config: GuardConfig, card: GuardCard, audience: str) -> None:
+    def __init__(
+        self,
+        engine_client: Any,
+        config: GuardConfig,
+        card: GuardCard,
+        audience: str,
+        adapters: Mapping[str, Any] | None = None,
+    ) -> None:
+        """``adapters`` are the server's ``LoRARequest`` objects by name."""
         import vllm
 
         model = engine_client.vllm_config.model_config
@@ -39,6 +49,11 @@ class Readiness:
         show(self.status)
         self._engine_client = engine_client
         self._prompts = card.self_test.prompts
+        self._served = config.adapters
+        self._adapters = adapters or {}
+        # Every data-parallel rank has an engine core, a scheduler and a self-test of its own.
+        ranks = engine_client.vllm_config.parallel_config.data_parallel_size
+        self._ranks = (None,) if ranks == 1 else tuple(range(ranks))
 
     def set(self, state: Literal["starting", "ready", "failed"], detail: str) -> None:
         """Change the state; ``detail`` is a sentence for people."""
@@ -46,23 +61,34 @@ class Readiness:
         show(self.status)
 
     async def run_self_test(self) -> None:
-        """Send the bundle's prompts through the engine. Raises GuardStartupError when one fails.
+        """Send the bundle's prompts through every rank, under every adapter. Raises GuardStartupError.
 
         The scheduler compares the scores (``guard.engine.ledger``); a prompt that does not match ends there
         in an error, and so does everything else until all have matched.
         """
-        passed = await asyncio.gather(*(self._send(index) for index in range(len(self._prompts))))
+        missing = sorted(self._served.keys() - self._adapters.keys())
+        if missing:
+            raise GuardStartupError(
+                f"the guard is to serve the LoRA adapters {', '.join(missing)}, but the server has not loaded "
+                "them; name them in --lora-modules"
+            )
+        parts = product(self._ranks, (None, *sorted(self._served)), range(len(self._prompts)))
+        passed = await asyncio.gather(*(self._send(*part) for part in parts))
         if not all(passed):
             raise GuardStartupError(failure(passed.count(False), len(passed)))
         self.set("ready", f"all {len(passed)} self-test prompts matched")
 
-    async def _send(self, index: int) -> bool:
+    async def _send(self, rank: int | None, adapter: str | None, index: int) -> bool:
         from vllm import SamplingParams
 
         exchange = Exchange("self-test")
         CURRENT.set(exchange)  # each call runs in a task, hence in a context, of its own
-        prompt = {"prompt_token_ids": list(self._prompts[index])}
-        params = SamplingParams(max_tokens=1, temperature=0.0)
-        async for _ in self._engine_client.generate(prompt, params, f"neuronguard-self-test-{index}"):
+        async for _ in self._engine_client.generate(
+            {"prompt_token_ids": list(self._prompts[index])},
+            SamplingParams(max_tokens=1, temperature=0.0),
+            f"neuronguard-self-test-{rank or 0}-{adapter or ''}-{index}",
+            lora_request=self._adapters[adapter] if adapter else None,
+            data_parallel_rank=rank,
+        ):
             pass
         return exchange.binding is not None and exchange.binding.action == "checked"

@@ -11,10 +11,12 @@ out again (``guard.engine.frontend``). Cost for a step without a final prompt to
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import LogprobsLists
@@ -27,19 +29,20 @@ from guard.engine.config import (
     GuardConfig,
     audience_from_env,
     keyring_from_env,
+    verify_adapters,
     verify_served_model,
 )
 from guard.engine.ledger import STOPPING, Ledger
-from guard.engine.support import refuse_unsupported
-from guard.engine.worker import LOGITS_ATTRIBUTE
+from guard.engine.outputs import LOGITS_ATTRIBUTE
+from guard.engine.support import refuse_too_few_slots, refuse_unsupported
 from guard.verdict import Verdict
 
 REFUSED_STOP_REASON = "guard:refused"
 """``stop_reason`` for clients that talk to vLLM directly. Informative only: clients can forge it."""
 
 
-class GuardScheduler(Scheduler):
-    """vLLM's scheduler with a verdict between the sampled token and the client."""
+class GuardMixin:
+    """A verdict between the sampled token and the client; stands in front of one of vLLM's schedulers."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -48,6 +51,9 @@ class GuardScheduler(Scheduler):
         config, model = GuardConfig.of(self.vllm_config), self.vllm_config.model_config
         bundle = config.load_bundle()
         verify_served_model(bundle, model.model, model.tokenizer, model.hf_text_config)
+        verify_adapters(bundle, config.adapters)
+        refuse_too_few_slots(self.vllm_config, len(config.adapters))
+        self._adapters = config.adapters
         self.ledger = Ledger(
             bundle.card,
             bundle=bundle.digest,
@@ -55,6 +61,7 @@ class GuardScheduler(Scheduler):
             default=config.default,
             keys=keyring_from_env(),
             audience=audience_from_env(),
+            adapters=tuple(config.adapters),
         )
 
     def add_request(self, request: Request) -> None:
@@ -66,7 +73,8 @@ class GuardScheduler(Scheduler):
                 prompt=request.prompt_token_ids,
                 prompt_tokens=request.num_prompt_tokens,
                 directive=extra.get(EXTRA_ARG) if extra else None,
-                denied=_denial(request),
+                denied=_denial(request, self._adapters),
+                adapter=request.lora_request.lora_name if request.lora_request else None,
             )
         super().add_request(request)
 
@@ -74,7 +82,8 @@ class GuardScheduler(Scheduler):
         self, scheduler_output: Any, model_runner_output: Any
     ) -> dict[int, EngineCoreOutputs]:
         """Judge the requests whose prompt ended in this step; silence those that must not speak."""
-        if self.ledger.unjudged.isdisjoint(scheduler_output.num_scheduled_tokens):
+        # Keys views walk the shorter side: nothing at all while no verdict is due.
+        if scheduler_output.num_scheduled_tokens.keys().isdisjoint(self.ledger.unjudged):
             return super().update_from_output(scheduler_output, model_runner_output)
         verdicts = self._judge(scheduler_output, model_runner_output)
         stopped = [rid for rid, verdict in verdicts.items() if verdict.action in STOPPING]
@@ -145,7 +154,21 @@ class GuardScheduler(Scheduler):
         return (_carry(verdict, params) if verdict else params), encoder_params
 
 
-def _denial(request: Request) -> str | None:
+class GuardScheduler(GuardMixin, Scheduler):
+    """vLLM's scheduler with the guard in front."""
+
+
+class GuardAsyncScheduler(GuardMixin, AsyncScheduler):
+    """vLLM's asynchronous scheduler with the guard in front."""
+
+
+def guard_scheduler(*args: Any, **kwargs: Any) -> GuardMixin:
+    """``scheduler_cls``: the guard's scheduler for the engine's mode. vLLM calls it as it would a class."""
+    asynchronous = kwargs["vllm_config"].scheduler_config.async_scheduling
+    return (GuardAsyncScheduler if asynchronous else GuardScheduler)(*args, **kwargs)
+
+
+def _denial(request: Request, adapters: Mapping[str, str]) -> str | None:
     """Why a kind of request is failed closed, or None."""
     if request.sampling_params is None:
         return "pooling_request"
@@ -153,8 +176,9 @@ def _denial(request: Request) -> str | None:
         return "streaming_input"
     if request.prompt_token_ids is None or request.prompt_embeds is not None:
         return "prompt_embeddings"
-    if request.lora_request is not None:
-        return "lora"
+    lora = request.lora_request
+    if lora is not None and (adapters.get(lora.lora_name) != lora.lora_path or lora.load_inplace):
+        return "lora_not_listed"
     return "multimodal" if request.mm_features else None
 
 

@@ -7,27 +7,42 @@ class, ``guard.engine.frontend`` for the API server.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from guard.bundle import SelfTest
 from guard.engine.errors import GuardStartupError
 
 
-class SelfTestRun:
-    """Expected against measured logits, for one dtype. Raises GuardStartupError when the dtype is unknown."""
+class Expected(NamedTuple):
+    """What the prompts must score under one adapter, or under none."""
 
-    def __init__(self, expected: SelfTest, dtype: str) -> None:
-        if dtype not in expected.logits:
-            known = ", ".join(sorted(expected.logits))
-            raise GuardStartupError(
-                f"the bundle has no self-test scores for dtype {dtype}; serve with --dtype {known}, "
-                "or fit the bundle again"
-            )
-        self._expected = expected.logits[dtype]
-        self._tolerance = expected.tolerance[dtype]
+    logits: tuple[float, ...]
+    tolerance: float
+
+
+Key = tuple[str | None, int]
+"""Name of the LoRA adapter, or None for the model itself, and index of the prompt."""
+
+
+class SelfTestRun:
+    """Expected against measured logits, for one dtype and all adapters that are served.
+
+    ``adapters`` are the scores under each adapter by its name. Raises GuardStartupError when the dtype is
+    unknown.
+    """
+
+    def __init__(
+        self, expected: SelfTest, dtype: str, adapters: Mapping[str, Mapping[str, Expected]] | None = None
+    ) -> None:
+        base = {
+            name: Expected(logits, expected.tolerance[name]) for name, logits in expected.logits.items()
+        }
+        self._expected: dict[str | None, Expected] = {None: _of_dtype(base, dtype)}
+        for name, scores in (adapters or {}).items():
+            self._expected[name] = _of_dtype(scores, dtype, f" under the adapter {name}")
         self._prompts = {tuple(prompt): index for index, prompt in enumerate(expected.prompts)}
-        self._left = set(range(len(expected.prompts)))
+        self._left = {(name, index) for name in self._expected for index in self._prompts.values()}
         self.worst = 0.0
         """Largest |difference| seen, in logits."""
 
@@ -36,32 +51,51 @@ class SelfTestRun:
         """Whether every prompt has matched."""
         return not self._left
 
-    def index(self, prompt: Sequence[int] | None) -> int | None:
-        """Which self-test prompt these token ids are."""
-        return None if prompt is None else self._prompts.get(tuple(prompt))
+    def key(self, prompt: Sequence[int] | None, adapter: str | None = None) -> Key | None:
+        """Which self-test prompt these token ids are, under ``adapter``."""
+        index = None if prompt is None else self._prompts.get(tuple(prompt))
+        return None if index is None or adapter not in self._expected else (adapter, index)
 
-    def record(self, index: int, logit: float) -> bool:
+    def record(self, key: Key, logit: float) -> bool:
         """Compare one measured logit; True when it is within tolerance."""
-        difference = abs(logit - self._expected[index])
+        adapter, index = key
+        expected = self._expected[adapter]
+        difference = abs(logit - expected.logits[index])
         self.worst = max(self.worst, difference)
-        if difference > self._tolerance:
+        if difference > expected.tolerance:
             return False
-        self._left.discard(index)
+        self._left.discard(key)
         return True
 
 
-def run(llm: Any, prompts: Sequence[Sequence[int]]) -> None:
-    """Send the self-test through vLLM's offline ``LLM``. Raises GuardStartupError when a prompt fails."""
+def _of_dtype(scores: Mapping[str, Expected], dtype: str, where: str = "") -> Expected:
+    if dtype not in scores:
+        raise GuardStartupError(
+            f"the bundle has no self-test scores{where} for dtype {dtype}; serve with --dtype "
+            f"{', '.join(sorted(scores))}, or fit the bundle again"
+        )
+    return scores[dtype]
+
+
+def run(llm: Any, prompts: Sequence[Sequence[int]], adapters: Sequence[Any] = ()) -> None:
+    """Send the self-test through vLLM's offline ``LLM``, also under each ``LoRARequest`` of ``adapters``.
+
+    Raises GuardStartupError when a prompt fails.
+    """
     from vllm import SamplingParams
 
-    outputs = llm.generate(
-        [{"prompt_token_ids": list(prompt)} for prompt in prompts],
-        SamplingParams(max_tokens=1, temperature=0.0),
-        use_tqdm=False,
-    )
-    failed = sum(output.outputs[0].finish_reason == "error" for output in outputs)
+    failed, total = 0, 0
+    for adapter in (None, *adapters):
+        outputs = llm.generate(
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+            SamplingParams(max_tokens=1, temperature=0.0),
+            use_tqdm=False,
+            lora_request=adapter,
+        )
+        failed += sum(output.outputs[0].finish_reason == "error" for output in outputs)
+        total += len(outputs)
     if failed:
-        raise GuardStartupError(failure(failed, len(prompts)))
+        raise GuardStartupError(failure(failed, total))
 
 
 def failure(failed: int, total: int) -> str:

@@ -3,17 +3,29 @@
 A batch is flat: request ``i`` owns rows ``start[i]`` to ``start[i+1]``, which are its positions from
 ``computed[i]`` on. The final prompt token of request ``i`` is at position ``prompt[i] - 1``, hence in row
 ``start[i] + prompt[i] - 1 - computed[i]``, if that lies within the request's rows. It is not simply the last
-row: chunked prefill ends before it, a resumed request ends after it.
+row: chunked prefill ends before it, a resumed request ends after it, draft tokens follow it.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 IntArray = NDArray[np.integer[Any]]
+
+
+class Layout(NamedTuple):
+    """A step's batch as the runner laid it out, ``n`` requests in the runner's order."""
+
+    request_ids: list[str]
+    start: IntArray
+    """Cumulative row offsets, at least ``n + 1``."""
+    computed: IntArray
+    """Tokens computed before this step, at least ``n``."""
+    prompt: IntArray
+    """Prompt lengths, at least ``n``."""
 
 
 class Staging:
@@ -29,19 +41,17 @@ class Staging:
         self.request_ids: list[str] = []
 
     def clear(self) -> None:
-        """Forget the last step: a forward pass that nobody staged reads nothing."""
+        """Forget the last step."""
         self.count = 0
         self.request_ids = []
 
-    def stage(self, request_ids: list[str], start: IntArray, computed: IntArray, prompt: IntArray) -> None:
-        """Find the rows of a step with ``n = len(request_ids)`` requests.
-
-        ``start`` is ``[n + 1]`` cumulative row offsets, ``computed`` and ``prompt`` are ``[n]`` tokens
-        computed before this step and prompt lengths, all in the runner's batch order.
-        """
-        n = len(request_ids)
-        offset = prompt[:n] - 1 - computed[:n]
-        hit = np.flatnonzero((offset >= 0) & (offset < start[1 : n + 1] - start[:n]))
+    def stage(self, layout: Layout) -> int:
+        """Find the rows of a step; returns how many there are."""
+        n = len(layout.request_ids)
+        start = layout.start[:n]
+        offset = layout.prompt[:n] - 1 - layout.computed[:n]
+        hit = np.flatnonzero((offset >= 0) & (offset < layout.start[1 : n + 1] - start))
         self.count = len(hit)
         self.rows[: self.count] = start[hit] + offset[hit]
-        self.request_ids = [request_ids[i] for i in hit]
+        self.request_ids = [layout.request_ids[i] for i in hit]
+        return self.count

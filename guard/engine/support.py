@@ -18,13 +18,28 @@ Check = Callable[[Any], bool]
 TRANSFORMERS_BACKEND = ("Olmo2ForCausalLM",)
 """Architectures that vLLM runs with transformers' own layers, having no class for them."""
 
+SPECULATION = ("ngram",)
+"""Methods of speculative decoding that were run."""
+
 REFUSED: tuple[tuple[str, Check], ...] = (
     (
         "pipeline parallelism (--pipeline-parallel-size)",
         lambda c: c.parallel_config.pipeline_parallel_size > 1,
     ),
-    ("tensor parallelism (--tensor-parallel-size)", lambda c: c.parallel_config.tensor_parallel_size > 1),
-    ("data parallelism (--data-parallel-size)", lambda c: c.parallel_config.data_parallel_size > 1),
+    (
+        "data parallelism over several hosts or launches "
+        "(--data-parallel-external-lb, --data-parallel-hybrid-lb, --data-parallel-size-local)",
+        lambda c: (
+            c.parallel_config.data_parallel_external_lb
+            or c.parallel_config.data_parallel_hybrid_lb
+            or c.parallel_config.data_parallel_size_local != c.parallel_config.data_parallel_size
+        ),
+    ),
+    ("several hosts (--nnodes)", lambda c: c.parallel_config.nnodes > 1),
+    (
+        "an executor other than vLLM's own processes (--distributed-executor-backend)",
+        lambda c: c.parallel_config.distributed_executor_backend not in (None, "mp", "uni"),
+    ),
     (
         "context parallelism (--decode-context-parallel-size, --prefill-context-parallel-size)",
         lambda c: (
@@ -35,10 +50,26 @@ REFUSED: tuple[tuple[str, Check], ...] = (
             > 1
         ),
     ),
-    ("several API-server processes (--api-server-count)", lambda c: _api_servers(c) > 1),
+    ("expert parallelism (--enable-expert-parallel)", lambda c: c.parallel_config.enable_expert_parallel),
+    (
+        # A directive is accepted once; each API server would remember only those that it has seen itself.
+        "several API-server processes (--api-server-count)",
+        lambda c: int(getattr(c.parallel_config, "_api_process_count", 1)) > 1,
+    ),
     ("micro-batching (--enable-dbo)", lambda c: bool(getattr(c.parallel_config, "use_ubatching", False))),
-    ("speculative decoding (--speculative-config)", lambda c: c.speculative_config is not None),
-    ("LoRA adapters (--enable-lora)", lambda c: c.lora_config is not None),
+    (
+        "speculative decoding by another method than ngram (--speculative-config)",
+        lambda c: c.speculative_config is not None and c.speculative_config.method not in SPECULATION,
+    ),
+    (
+        "sequence parallelism among tensor-parallel ranks (enable_sp in --compilation-config)",
+        lambda c: bool(getattr(c.compilation_config.pass_config, "enable_sp", False)),
+    ),
+    (
+        # It skips the rows of a prompt that nobody samples from, in the upper layers.
+        "fast prefill by KV sharing (--kv-sharing-fast-prefill)",
+        lambda c: bool(c.cache_config.kv_sharing_fast_prefill),
+    ),
     ("quantised checkpoints (--quantization)", lambda c: c.model_config.quantization is not None),
     ("prompt embeddings (--enable-prompt-embeds)", lambda c: c.model_config.enable_prompt_embeds),
     ("pooling models (--runner pooling)", lambda c: c.model_config.runner_type != "generate"),
@@ -49,16 +80,12 @@ REFUSED: tuple[tuple[str, Check], ...] = (
         lambda c: c.kv_transfer_config is not None,
     ),
     (
-        "torch.compile and CUDA graphs; add --enforce-eager",
-        lambda c: not c.model_config.enforce_eager,
+        "weights that change while serving (--weight-transfer-config, --enable-sleep-mode)",
+        lambda c: getattr(c, "weight_transfer_config", None) is not None or c.model_config.enable_sleep_mode,
     ),
     (
-        "asynchronous scheduling; add --no-async-scheduling",
-        lambda c: bool(c.scheduler_config.async_scheduling),
-    ),
-    (
-        "model runner V2; set VLLM_USE_V2_MODEL_RUNNER=0",
-        lambda c: bool(getattr(c, "use_v2_model_runner", False)),
+        "adapters that are loaded while serving (VLLM_ALLOW_RUNTIME_LORA_UPDATING)",
+        lambda c: _is_set("VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
     ),
     (
         "vLLM's other implementation of this model; leave out --model-impl",
@@ -80,7 +107,7 @@ REFUSED: tuple[tuple[str, Check], ...] = (
     ),
     (
         "vLLM's development mode, whose routes replace weights (VLLM_SERVER_DEV_MODE)",
-        lambda c: os.environ.get("VLLM_SERVER_DEV_MODE", "0") not in ("", "0"),
+        lambda c: _is_set("VLLM_SERVER_DEV_MODE"),
     ),
 )
 
@@ -93,6 +120,22 @@ def refuse_unsupported(vllm_config: Any) -> None:
         found.append(f"the architecture {', '.join(architectures)} (supported: {', '.join(sorted(MODULES))})")
     if found:
         raise GuardStartupError("this version of the guard does not support: " + "; ".join(found))
+
+
+def refuse_too_few_slots(vllm_config: Any, adapters: int) -> None:
+    """On a CPU, vLLM needs one LoRA slot more than there are adapters. Raises GuardStartupError.
+
+    Its CPU kernels (vllm/lora/ops/torch_ops/lora_ops.py) look rows without an adapter up at slot -1, which is
+    the last one: as long as it stays empty these rows come out right, also beside rows with an adapter.
+    """
+    from vllm.platforms import current_platform
+
+    lora = vllm_config.lora_config
+    if lora is not None and current_platform.is_cpu() and lora.max_loras <= adapters:
+        raise GuardStartupError(
+            f"on a CPU, {adapters} LoRA adapters need --max-loras {adapters + 1}, but it is {lora.max_loras}: "
+            "vLLM gives requests without an adapter the weights in the last slot, which has to stay empty"
+        )
 
 
 def _architecture(vllm_config: Any) -> str:
@@ -116,5 +159,5 @@ def _original_context(vllm_config: Any) -> int:
     return int(rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)
 
 
-def _api_servers(vllm_config: Any) -> int:
-    return int(getattr(vllm_config.parallel_config, "_api_process_count", 1))
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "0").lower() not in ("", "0", "false")

@@ -55,7 +55,7 @@ def guarded(model: Path, bundle: Path, **options: Any) -> Any:
     return LLM(
         str(model),
         worker_cls="guard.engine.worker.GuardWorker",
-        scheduler_cls="guard.engine.scheduler.GuardScheduler",
+        scheduler_cls="guard.engine.scheduler.guard_scheduler",
         additional_config=GuardConfig.for_bundle(str(bundle), Bundle.load(bundle)).entry(),
         **{**ENGINE, **options},
     )

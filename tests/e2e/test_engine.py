@@ -232,14 +232,28 @@ def test_aborted_request_leaves_nothing_behind(llm, safe, seal):
 
 def test_missing_score_fails_closed(llm, safe, seal, monkeypatch):
     """A worker that loses a score, by fault or by design, must not get its token out."""
-    worker = llm.llm_engine.model_executor.driver_worker.worker
-    monkeypatch.setattr(worker.taps, "logits", dict)
+    monkeypatch.setattr(taps(llm), "score", lambda: None)
     (got,) = ask(llm, [safe], sampling(seal(PASS)))
     assert (got.finish_reason, got.tokens, got.verdict.reason) == ("error", [], "no_score")
 
 
-def test_tap_that_never_fired_fails_closed(llm, safe, seal, monkeypatch):
-    worker = llm.llm_engine.model_executor.driver_worker.worker
-    monkeypatch.setattr(worker.taps.staging, "stage", lambda *a: None)
+def test_batch_that_was_not_staged_fails_closed(llm, safe, seal, monkeypatch):
+    monkeypatch.setattr(taps(llm).staging, "stage", lambda layout: 0)
     (got,) = ask(llm, [safe], sampling(seal(PASS)))
     assert (got.finish_reason, got.tokens, got.verdict.reason) == ("error", [], "no_score")
+
+
+def test_tap_that_did_not_fire_fails_closed(llm, safe, seal):
+    """One site of three is not read; the others are, in this step and in the steps before it."""
+    model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+    hooks = model.model.layers[1].mlp.down_proj._forward_pre_hooks
+    kept = dict(hooks)
+    hooks.clear()
+    (got,) = ask(llm, [safe], sampling(seal(PASS)))
+    hooks.update(kept)
+    assert (got.finish_reason, got.tokens, got.verdict.reason) == ("error", [], "score_not_finite")
+    assert ask(llm, [safe], sampling(seal(PASS)))[0].verdict.action == "pass"
+
+
+def taps(llm):
+    return llm.llm_engine.model_executor.driver_worker.worker.taps

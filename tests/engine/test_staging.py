@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guard.engine.staging import Staging
+from guard.engine.staging import Layout, Staging
 
 
 def stage(spans: list[tuple[int, int, int]], capacity: int = 64) -> Staging:
@@ -11,7 +11,7 @@ def stage(spans: list[tuple[int, int, int]], capacity: int = 64) -> Staging:
     start = np.concatenate([[0], np.cumsum([s for _, s, _ in spans])]).astype(np.int32)
     computed = np.array([c for c, _, _ in spans] + [99], dtype=np.int32)  # buffers are longer than the batch
     prompt = np.array([p for _, _, p in spans] + [99], dtype=np.int32)
-    staging.stage([f"r{i}" for i in range(len(spans))], start, computed, prompt)
+    staging.stage(Layout([f"r{i}" for i in range(len(spans))], start, computed, prompt))
     return staging
 
 
