@@ -73,7 +73,7 @@ class GuardMixin:
                 prompt=request.prompt_token_ids,
                 prompt_tokens=request.num_prompt_tokens,
                 directive=extra.get(EXTRA_ARG) if extra else None,
-                denied=_denial(request, self._adapters),
+                denied=denial(request, self._adapters),
                 adapter=request.lora_request.lora_name if request.lora_request else None,
             )
         super().add_request(request)
@@ -168,8 +168,8 @@ def guard_scheduler(*args: Any, **kwargs: Any) -> GuardMixin:
     return (GuardAsyncScheduler if asynchronous else GuardScheduler)(*args, **kwargs)
 
 
-def _denial(request: Request, adapters: Mapping[str, str]) -> str | None:
-    """Why a kind of request is failed closed, or None."""
+def denial(request: Request, adapters: Mapping[str, str]) -> str | None:
+    """Why a kind of request is failed closed, or None; ``adapters`` are those served, directory by name."""
     if request.sampling_params is None:
         return "pooling_request"
     if request.resumable:

@@ -44,19 +44,23 @@ class Answer:
     output: Any
 
 
-def guarded(model: Path, bundle: Path, **options: Any) -> Any:
-    """A guarded ``LLM`` whose self-test has not been run yet."""
+def guarded(
+    model: Path, bundle: Path, *, mode: str = "enforce", adapters: dict[str, str] | None = None, **options: Any
+) -> Any:
+    """A guarded ``LLM`` whose self-test has not been run yet; ``mode`` is its default policy's."""
     os.environ.update(SETTINGS)
     from vllm import LLM
 
     from guard.bundle import Bundle
     from guard.engine.config import GuardConfig
 
+    loaded = Bundle.load(bundle)
+    default = loaded.card.default_decision.model_copy(update={"mode": mode})
     return LLM(
         str(model),
         worker_cls="guard.engine.worker.GuardWorker",
         scheduler_cls="guard.engine.scheduler.guard_scheduler",
-        additional_config=GuardConfig.for_bundle(str(bundle), Bundle.load(bundle)).entry(),
+        additional_config=GuardConfig.for_bundle(str(bundle), loaded, default, adapters).entry(),
         **{**ENGINE, **options},
     )
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
+import torch
 
 from guard.engine import selftest
 from guard.engine.config import AUDIENCE_ENV, KEY_FILE_ENV
 from guard.verdict import Decision, Directive, Rule
-from tests.e2e.inprocess import ask, guarded, sampling, scheduler, shut_down
+from tests.e2e import child
+from tests.e2e.inprocess import answer, ask, guarded, sampling, scheduler, shut_down
 from tests.engine import world
 
 REFUSE = Decision(policy="test", rules=(Rule(above=0.5, action="refuse"),))
@@ -101,17 +98,12 @@ def test_logits_equal_transformers_on_real_prompts(llm, reference, tiny_bundle, 
 
 def test_passed_requests_answer_as_plain_vllm_does(llm, tiny_model, tmp_path, seal):
     prompts = world.prompts(200, seed=5, longest=250)
-    job, result = tmp_path / "job.json", tmp_path / "result.json"
-    job.write_text(json.dumps({"prompts": prompts, "max_tokens": 16, "rounds": 2}))
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "tests.e2e.stock", str(tiny_model), str(job), str(result)]
-    subprocess.run(command, cwd=root, check=True, capture_output=True, timeout=280)
-    stock = json.loads(result.read_text())
+    plain = child.run(tmp_path, tiny_model, prompts)
     scheduler(llm).reset_prefix_cache()
     params = sampling(seal(OBSERVE), max_tokens=16, ignore_eos=True)
-    for plain in stock:
+    for expected in plain.tokens:
         answers = ask(llm, prompts, params)
-        assert [a.tokens for a in answers] == plain
+        assert [a.tokens for a in answers] == expected
         assert {a.verdict.decision for a in answers} == {"pass", "refuse"}
 
 
@@ -228,6 +220,45 @@ def test_aborted_request_leaves_nothing_behind(llm, safe, seal):
         while engine.has_unfinished_requests():
             engine.step()
         assert len(scheduler(llm).ledger) == 0
+
+
+def test_session_that_streams_its_input_is_turned_away(llm, safe, seal):
+    """Its later turns would extend a prompt that has been judged already."""
+    engine = llm.llm_engine
+    request = engine.input_processor.process_inputs(
+        "session",
+        {"prompt_token_ids": safe},
+        sampling(seal(PASS)),
+        supported_tasks=engine.get_supported_tasks(),
+        resumable=True,
+    )
+    engine.add_request("session", request, request.params)
+    outputs = [output for _ in range(10) for output in engine.step()]
+    engine.abort_request(["session"])  # the front end keeps sessions until they are closed
+    got = answer(outputs[-1])
+    assert (got.finish_reason, got.tokens, got.verdict.reason) == ("error", [], "streaming_input")
+    assert len(scheduler(llm).ledger) == 0
+
+
+def test_kinds_of_request_that_are_never_answered(llm, safe):
+    """They cannot reach this engine as it was started; the scheduler does not rely on that."""
+    from vllm import PoolingParams
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.request import Request
+
+    from guard.engine.scheduler import denial
+
+    def reason(prompt=safe, params=None, pooling=None, adapters=None, **more):
+        return denial(Request("r", prompt, params, pooling, **more), adapters or {})
+
+    params, adapter = sampling(), LoRARequest("one", 1, "/adapters/one")
+    assert reason(params=params) is None
+    assert reason(pooling=PoolingParams(task="embed")) == "pooling_request"
+    assert reason(params=params, resumable=True) == "streaming_input"
+    assert reason(params=params, prompt_embeds=torch.zeros(len(safe), 128)) == "prompt_embeddings"
+    assert reason(params=params, lora_request=adapter) == "lora_not_listed"
+    assert reason(params=params, lora_request=adapter, adapters={"one": "/adapters/two"}) == "lora_not_listed"
+    assert reason(params=params, lora_request=adapter, adapters={"one": "/adapters/one"}) is None
 
 
 def test_missing_score_fails_closed(llm, safe, seal, monkeypatch):

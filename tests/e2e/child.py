@@ -1,0 +1,114 @@
+"""An offline engine in its own process, plain or guarded: ``python -m tests.e2e.child JOB.json RESULT.json``.
+
+For what cannot be had twice in one process: plain vLLM beside ours, torch.compile, several ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a child's requests got, ``[rounds][prompts]``."""
+
+    tokens: list[list[list[int]]]
+    logits: list[list[float | None]]
+    actions: list[list[str | None]]
+    cached: list[list[int]]
+    facts: dict[str, Any]
+
+
+def run(
+    folder: Path,
+    model: Path,
+    prompts: list[list[int]],
+    *,
+    bundle: Path | None = None,
+    mode: str = "enforce",
+    max_tokens: int = 16,
+    rounds: int = 2,
+    options: dict[str, Any] | None = None,
+    environment: dict[str, str] | None = None,
+    name: str = "child",
+) -> Result:
+    """Run ``prompts`` greedily, ``rounds`` times; with a bundle under its default policy in ``mode``."""
+    job, result = folder / f"{name}.json", folder / f"{name}-result.json"
+    job.write_text(
+        json.dumps(
+            {
+                "model": str(model),
+                "bundle": bundle and str(bundle),
+                "mode": mode,
+                "options": options or {},
+                "prompts": prompts,
+                "max_tokens": max_tokens,
+                "rounds": rounds,
+            }
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.e2e.child", str(job), str(result)],
+        cwd=ROOT,
+        env={**os.environ, **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return Result(**json.loads(result.read_text()))
+
+
+def work(job: dict[str, Any]) -> dict[str, Any]:
+    """The child's side."""
+    from tests.e2e.inprocess import ENGINE, SETTINGS, answer, guarded, shut_down
+
+    os.environ.update(SETTINGS)
+    from vllm import LLM, SamplingParams
+
+    facts: dict[str, Any] = {}
+    if job["bundle"]:
+        from guard.bundle import Bundle
+        from guard.engine import selftest, taps
+
+        bundle = Bundle.load(job["bundle"])
+        llm = guarded(Path(job["model"]), Path(job["bundle"]), mode=job["mode"], **job["options"])
+        facts["calls"] = 0
+        forward = taps.Tap.forward
+
+        def counted(self: Any, x: Any) -> None:
+            facts["calls"] += 1
+            forward(self, x)
+
+        taps.Tap.forward = counted  # type: ignore[method-assign]
+        selftest.run(llm, bundle.card.self_test.prompts)
+    else:
+        llm = LLM(job["model"], **{**ENGINE, **job["options"]})
+    params = SamplingParams(temperature=0.0, max_tokens=job["max_tokens"], ignore_eos=True)
+    result: dict[str, Any] = {"tokens": [], "logits": [], "actions": [], "cached": [], "facts": facts}
+    for _ in range(job["rounds"]):
+        outputs = llm.generate([{"prompt_token_ids": p} for p in job["prompts"]], params, use_tqdm=False)
+        answers = [answer(output) for output in outputs]
+        result["tokens"].append([a.tokens for a in answers])
+        result["logits"].append([a.verdict.logit if a.verdict else None for a in answers])
+        result["actions"].append([a.verdict.action if a.verdict else None for a in answers])
+        result["cached"].append([a.cached for a in answers])
+    for metric in llm.get_metrics():
+        if metric.name in ("vllm:spec_decode_num_accepted_tokens", "vllm:spec_decode_num_draft_tokens"):
+            facts[metric.name] = metric.value
+    shut_down(llm)
+    return result
+
+
+if __name__ == "__main__":
+    source, target = sys.argv[1:]
+    Path(target).write_text(json.dumps(work(json.loads(Path(source).read_text()))))

@@ -1,0 +1,120 @@
+"""The same reading, verdicts and answers in every mode of the engine. Each engine is compared with plain vLLM.
+
+Every test runs plain vLLM and the guarded engine in the same mode, each in a process of its own, on prompts that
+are read whole and in chunks (longer than 96 tokens), without and with cached prefixes, many in one batch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.e2e import child
+from tests.engine import world
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return world.prompts(60, seed=71, longest=250)
+
+
+@pytest.fixture(scope="module")
+def expected(prompts, reference, tiny_bundle):
+    """Logits by transformers ``[prompts]``."""
+    return tiny_bundle.logits(np.stack([reference.features(prompt) for prompt in prompts]))
+
+
+def assert_guarded(result, plain, expected):
+    """Right scores, right verdicts, no token of a refused prompt, plain vLLM's tokens of all others."""
+    assert sum(map(bool, result.cached[1])) >= 15
+    for turn, logits in enumerate(result.logits):
+        assert np.abs(np.array(logits) - expected).max() <= 1e-3
+        for prompt, logit in enumerate(expected):
+            tokens, action = result.tokens[turn][prompt], result.actions[turn][prompt]
+            if abs(logit) > 0.01:
+                assert action == ("refuse" if logit > 0 else "pass")
+            assert tokens == ([] if action == "refuse" else plain.tokens[turn][prompt])
+
+
+def assert_untouched(result, plain):
+    """Watched but never refused: all tokens are plain vLLM's."""
+    assert {action for actions in result.actions for action in actions} == {"pass"}
+    assert result.tokens == plain.tokens
+
+
+class TestCompiled:
+    """torch.compile, with one cache of compiled artifacts for all starts, plain vLLM's the first."""
+
+    @pytest.fixture(scope="class")
+    def options(self):
+        return {"enforce_eager": False}
+
+    @pytest.fixture(scope="class")
+    def folder(self, tmp_path_factory):
+        return tmp_path_factory.mktemp("compiled")
+
+    @pytest.fixture(scope="class")
+    def start(self, folder, tiny_model, prompts, options):
+        environment = {"VLLM_CACHE_ROOT": str(folder / "cache")}
+
+        def run(name, **more):
+            return child.run(
+                folder, tiny_model, prompts, name=name, options=options, environment=environment, **more
+            )
+
+        return run
+
+    @pytest.fixture(scope="class")
+    def plain(self, start):
+        return start("plain")
+
+    def test_scores_and_answers_are_right(self, start, plain, tiny_bundle_dir, expected):
+        result = start("guarded", bundle=tiny_bundle_dir)
+        assert_guarded(result, plain, expected)
+        assert result.facts["calls"] == 0, "the taps are in the compiled code, not in Python"
+
+    def test_artifacts_of_an_earlier_start_read_as_well(self, start, plain, tiny_bundle_dir, expected):
+        again = start("again", bundle=tiny_bundle_dir, mode="observe")
+        assert_untouched(again, plain)
+        assert np.abs(np.array(again.logits) - expected).max() <= 1e-3
+
+
+class TestSpeculative:
+    """Drafts by n-gram lookup: a prompt's final token may be followed by draft tokens in the same step."""
+
+    @pytest.fixture(scope="class")
+    def repetitive(self):
+        """Prompts that repeat themselves, so that there is something to look up."""
+        return [(prompt[:7] * 40)[: len(prompt)] for prompt in world.prompts(60, seed=73, longest=250)]
+
+    def test_scores_and_answers_are_right(
+        self, tmp_path, tiny_model, tiny_bundle, tiny_bundle_dir, repetitive, reference
+    ):
+        expected = tiny_bundle.logits(np.stack([reference.features(p) for p in repetitive]))
+        lookup = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+        options = {"speculative_config": lookup}
+        plain = child.run(tmp_path, tiny_model, repetitive, name="plain", options=options, max_tokens=40)
+        result = child.run(
+            tmp_path, tiny_model, repetitive, bundle=tiny_bundle_dir, options=options, max_tokens=40
+        )
+        assert_guarded(result, plain, expected)
+        assert result.facts["vllm:spec_decode_num_accepted_tokens"] >= 20
+
+
+class TestTensorParallel:
+    """Two ranks, each with half of every input: the probe's first layer is summed over both."""
+
+    def test_scores_and_answers_are_right(self, tmp_path, tiny_model, tiny_bundle_dir, prompts, expected):
+        options, environment = {"tensor_parallel_size": 2}, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+        plain = child.run(
+            tmp_path, tiny_model, prompts, name="plain", options=options, environment=environment
+        )
+        result = child.run(
+            tmp_path,
+            tiny_model,
+            prompts,
+            bundle=tiny_bundle_dir,
+            options=options,
+            environment=environment,
+        )
+        assert_guarded(result, plain, expected)
