@@ -14,8 +14,8 @@ import numpy as np
 from guard.bundle import Bundle, SelfTest, Site
 from guard.capture import Float32Array, read_batch
 from guard.checkpoint import Checkpoint
-from guard.probe import LinearProbe
 from guard.prompts import Tokens, encode
+from guard.scorer import Scorer
 
 MILD_PROMPTS = (
     "What is the capital of France?",
@@ -67,7 +67,7 @@ class Measured(NamedTuple):
 def measure(
     checkpoint: Checkpoint,
     units: Sequence[Site],
-    probe: LinearProbe,
+    scorer: Scorer,
     *,
     device: str = "cpu",
     dtypes: Sequence[str] = DTYPES,
@@ -75,7 +75,7 @@ def measure(
     """Score the mild prompts one by one in each dtype and keep those whose scores lie far apart."""
     tokenizer = checkpoint.load_tokenizer()
     prompts = [encode(tokenizer, [{"role": "user", "content": text}]) for text in MILD_PROMPTS]
-    logits = {dtype: probe.logits(_features(checkpoint, units, prompts, dtype, device)) for dtype in dtypes}
+    logits = {dtype: scorer.logits(_features(checkpoint, units, prompts, dtype, device)) for dtype in dtypes}
     exact = logits["float32"]
     spread = float(exact.std())
     chosen = _spread_out(exact, PROMPTS)

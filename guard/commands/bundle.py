@@ -27,6 +27,8 @@ def show(directory: Path) -> None:
         f"model      {card.model.name} ({card.model.architecture}), weights {card.model.weights_sha256}"
     )
     click.echo(f"label      {card.label}")
+    hidden = f", {loaded.scorer.hidden} hidden units" if card.probe == "mlp" else ""
+    click.echo(f"probe      {card.probe}{hidden}")
     click.echo(f"reads      {card.features} features at {len(card.sites)} sites")
     for threshold in card.thresholds:
         default = ", the default" if threshold == card.threshold(card.default_false_positive_rate) else ""

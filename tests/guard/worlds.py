@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,16 +110,32 @@ class Planted(NamedTuple):
 
 def planted(root: Path) -> Planted:
     """Labels = a sum of six standardised neurons, thresholded: no word gives them away."""
+
+    def rule(values: np.ndarray) -> np.ndarray:
+        total = ((values - values.mean(0)) / values.std(0)).sum(1)
+        return np.asarray(total > np.quantile(total, 0.6))
+
+    return _planted(root, {0: [3, 17], 1: [8, 40], 2: [5, 21]}, rule)
+
+
+def exclusive(root: Path) -> Planted:
+    """Harmful when exactly one of two neurons is above its median: no sum of neurons gives that away."""
+
+    def rule(values: np.ndarray) -> np.ndarray:
+        above = values > np.median(values, axis=0)
+        return np.asarray(above[:, 0] != above[:, 1])
+
+    return _planted(root, {0: [3], 1: [8]}, rule)
+
+
+def _planted(root: Path, neurons: dict[int, list[int]], rule: Callable[[np.ndarray], np.ndarray]) -> Planted:
     made = model()
     shape = shape_of(made.config)
     prompts = texts(2100, seed=1)
     ids = [encode(tokenizer(), [{"role": "user", "content": text}]) for text in prompts]
     features = read_prompts(made, every_neuron(shape), ids)
-    neurons = {0: [3, 17], 1: [8, 40], 2: [5, 21]}
     columns = [layer * shape.mlp_width + unit for layer, units in neurons.items() for unit in units]
-    values = features[:, columns]
-    total = ((values - values.mean(0)) / values.std(0)).sum(1)
-    labels = np.where(total > np.quantile(total, 0.6), "harmful", "benign")
+    labels = np.where(rule(features[:, columns]), "harmful", "benign")
 
     def rows(first: int, last: int, sources: str, only: str | None = None) -> list[dict[str, Any]]:
         return [
