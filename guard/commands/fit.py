@@ -54,7 +54,7 @@ from guard.commands import options
     type=click.Choice(["linear", "mlp"]),
     default="linear",
     show_default=True,
-    help="A logistic regression, or a network with one hidden layer. Units for 'l1' are chosen by a linear fit "
+    help="A logistic regression, or a network with one hidden layer. 'l1' chooses units by a linear fit "
     "either way; name units, or take all, if single ones may say nothing by themselves.",
 )
 @click.option(
@@ -133,9 +133,7 @@ def fit(
     subject = options.subject(model, running)
     click.echo(f"model: {subject.checkpoint.name}, {subject.checkpoint.shape}")
     if dry_run:
-        click.echo(
-            f"would fit a probe ({probe}) for '{label}' on units '{units}' and write {out}; nothing was done"
-        )
+        click.echo(f"would fit '{label}' ({probe}) on units '{units}' and write {out}; nothing was done")
         return
     bundle = fit_bundle(subject, settings, fitting, threshold, evaluation)
     bundle.save(out)
