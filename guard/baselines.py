@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 
 from guard.capture import Float32Array
 from guard.data import Prompt
-from guard.probe import BoolArray, fit_probe
+from guard.probe import LINEAR, BoolArray, Family, fit_probe
 
 WORD_STRENGTH = 10.0
 """C of the word baseline; on prompts of this kind values from 1 to 10 differ little."""
@@ -52,8 +52,9 @@ def columns(
     positive: BoolArray,
     *,
     strength: float,
+    family: Family = LINEAR,
 ) -> Scores:
     """A probe on other columns of (fit, threshold, evaluate) activations, fitted like the one it is for."""
     fit, threshold, evaluate = (part[:, chosen] for part in features)
-    probe = fit_probe(fit, positive, strength=strength)
+    probe = fit_probe(fit, positive, strength=strength, family=family)
     return Scores(probe.logits(threshold), probe.logits(evaluate))

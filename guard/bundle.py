@@ -121,6 +121,13 @@ class Bundle:
         except ScorerError as error:
             raise BundleError(f"{root / ARRAY_FILE}: {error}") from error
 
+    def with_adapter(self, adapter: AdapterCard) -> Bundle:
+        """The same bundle that lists ``adapter`` as well. Raises BundleError when its name is taken."""
+        if any(adapter.name == listed.name for listed in self.card.adapters):
+            raise BundleError(f"the bundle lists an adapter {adapter.name!r} already; choose another name")
+        document = self.card.model_dump() | {"adapters": (*self.card.adapters, adapter)}
+        return Bundle(GuardCard.model_validate(document), self.scorer)
+
     def verify_model(self, *, shape: ModelShape, weights_sha256: str, tokenizer_sha256: str) -> None:
         """Refuse any model but the one the bundle was fitted on. Raises BundleError."""
         model = self.card.model

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from guard.adapters import Adapter
 from guard.bundle import ModelCard
 from guard.digest import tokenizer_digest, weights_digest
+from guard.merge import merge
 from guard.sites import ModelShape, UnsupportedArchitectureError, shape_of
 
 DTYPES: dict[str, torch.dtype] = {
@@ -36,6 +38,8 @@ class Checkpoint:
     """Longest sequence the model was made for, in tokens."""
     weights_sha256: str
     tokenizer_sha256: str
+    adapter: Adapter | None = None
+    """A LoRA adapter that is merged in whenever the model is loaded. The digests are the base model's."""
 
     @classmethod
     def open(cls, path: str | Path, name: str | None = None) -> Checkpoint:
@@ -62,6 +66,10 @@ class Checkpoint:
             tokenizer_sha256=self.tokenizer_sha256,
         )
 
+    def under(self, adapter: Adapter) -> Checkpoint:
+        """The same checkpoint with ``adapter`` merged in when it is loaded."""
+        return replace(self, adapter=adapter)
+
     def load_model(self, dtype: str = "float32", device: str = "cpu") -> Any:
         """The model for reading: no gradients, no dropout. Only safetensors files are opened."""
         config = AutoConfig.from_pretrained(self.path, local_files_only=True)
@@ -71,6 +79,8 @@ class Checkpoint:
         model = AutoModelForCausalLM.from_pretrained(
             self.path, config=config, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True
         )
+        if self.adapter is not None:
+            merge(model, self.adapter)
         return model.requires_grad_(False).eval().to(device)
 
     def load_tokenizer(self) -> Any:

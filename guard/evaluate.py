@@ -192,6 +192,9 @@ def evaluate_bundle(
             file.model_dump() for file in (*(f for f in card.data if f.role != "evaluate"), *dataset.files)
         ],
     }
+    if checkpoint.adapter is not None:
+        document["adapter"] = {"name": checkpoint.adapter.name, "sha256": checkpoint.adapter.sha256}
+        return document
     measured = {file.sha256 for file in card.data if file.role == "evaluate"}
     if measured == {file.sha256 for file in dataset.files} and "comparison" in card.metrics:
         # Baselines need the fit data; on the same evaluation files the figures made then still hold.

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -22,8 +21,16 @@ from guard.bundle import Bundle, Calibration, DataFile, GuardCard
 from guard.calibrate import TooFewBenignError, fit_platt, threshold_at
 from guard.capture import Float32Array
 from guard.data import Dataset
+from guard.fit_settings import FitError, FitSettings
 from guard.observe import Observations, Subject
-from guard.probe import BoolArray, Choice, LinearProbe, Selector, choose_strength, fit_probe, select_columns
+from guard.probe import (
+    BoolArray,
+    Choice,
+    Selector,
+    choose_strength,
+    fit_probe,
+    select_columns,
+)
 from guard.scorer import Scorer
 from guard.units import (
     Units,
@@ -39,51 +46,9 @@ from guard.verdict import Threshold
 
 logger = logging.getLogger(__name__)
 
-Target = Literal["unsafe_output", "harmful_prompt"]
 Judged = Literal["all", "harmful", "none"]
 MEMORY_LIMIT = 12 * 2**30
 """Most bytes of activations that one role may take; beyond it units have to be named."""
-
-
-class FitError(ValueError):
-    """A bundle cannot be made from these inputs."""
-
-
-@dataclass(frozen=True)
-class FitSettings:
-    """What to fit and how."""
-
-    label: Target = "unsafe_output"
-    """What counts as positive: an unsafe answer of this model, or a harmful request."""
-    units: Literal["all", "l1", "file"] = "l1"
-    """Every MLP neuron, those that an L1 fit keeps, or those of ``units_file``."""
-    units_file: Path | None = None
-    max_units: int = 1000
-    """Most units that ``l1`` keeps."""
-    rates: tuple[float, ...] = (0.01, 0.005, 0.001)
-    """False-positive rates that thresholds are set for."""
-    default_rate: float = 0.01
-    """The rate an engine enforces when nobody tells it otherwise."""
-    apart: tuple[str, ...] = ()
-    """Benign evaluation sources that are reported but not pooled."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if (self.units == "file") != (self.units_file is not None):
-            raise FitError("units 'file' and a units file belong together; give both or neither")
-        if self.max_units < 1:
-            raise FitError(f"max_units must be at least 1, got {self.max_units}")
-        if any(not 0 < rate < 1 for rate in self.rates) or self.default_rate not in self.rates:
-            raise FitError(
-                f"the default rate {self.default_rate:g} must be one of the rates, each between 0 and 1: "
-                f"{', '.join(f'{rate:g}' for rate in self.rates)}"
-            )
-
-    def recorded(self) -> dict[str, str]:
-        """The settings as the card keeps them, without paths of this machine."""
-        document = {key: str(value) for key, value in asdict(self).items()}
-        document["units_file"] = self.units_file.name if self.units_file else ""
-        return document
 
 
 @dataclass(frozen=True)
@@ -91,7 +56,7 @@ class Fitted:
     """A fitted probe before it is measured and packed."""
 
     units: Units
-    probe: LinearProbe
+    probe: Scorer
     choice: Choice
     thresholds: tuple[Threshold, ...]
     calibration: Calibration
@@ -170,10 +135,11 @@ def fit_units(
         positive,
         seen.sources,
         seen.harmful,
+        family=settings.family,
         select=select,
         seed=settings.seed,
     )
-    probe = fit_probe(features, positive, strength=choice.strength)
+    probe = fit_probe(features, positive, strength=choice.strength, family=settings.family)
     calibration = fit_platt(choice.held_out, positive)
     logits = probe.logits(benign.features[:, chosen])[~benign.seen.harmful]
     thresholds, omitted = [], []
@@ -238,9 +204,21 @@ def _compare(
     calm = tuple(p for p, keep in zip(benign.seen.prompts, quiet, strict=True) if keep)
     features = fitting.features, benign.features[quiet], held_out.features
     scorers = {
-        name: baselines.columns(features, chosen, positive, strength=fitted.choice.strength)
+        name: baselines.columns(
+            features, chosen, positive, strength=fitted.choice.strength, family=settings.family
+        )
         for name, chosen in selections.items()
     }
+    if settings.probe != "linear":
+        # Whether the hidden layer is worth having: the other kind of probe on the same activations.
+        same = selections["probe"]
+        seen = fitting.seen
+        choice = choose_strength(
+            fitting.features[:, same], positive, seen.sources, seen.harmful, seed=settings.seed
+        )
+        scorers["linear probe, same units"] = baselines.columns(
+            features, same, positive, strength=choice.strength
+        )
     scorers["words (TF-IDF)"] = baselines.words(fitting.seen.prompts, positive, calm, held_out.seen.prompts)
     return evaluate.compare(held_out.seen, scorers, settings.rates, apart=settings.apart)
 
@@ -260,7 +238,7 @@ def _pack(
         label=settings.label,
         prompt_tails=subject.tails,
         sites=fitted.units,
-        probe="linear",
+        probe=fitted.probe.kind,
         calibration=fitted.calibration,
         thresholds=fitted.thresholds,
         default_false_positive_rate=settings.default_rate,
@@ -280,4 +258,4 @@ def _pack(
             **settings.recorded(),
         },
     )
-    return Bundle(card, Scorer.linear(fitted.probe.weight, fitted.probe.bias))
+    return Bundle(card, fitted.probe)

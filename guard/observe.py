@@ -163,6 +163,8 @@ class Subject:
         return {
             "weights": self.checkpoint.weights_sha256,
             "tokenizer": self.checkpoint.tokenizer_sha256,
+            # Left out, not empty, where there is none: results that were kept before are found again.
+            **({"adapter": adapter.sha256} if (adapter := self.checkpoint.adapter) else {}),
             "dtype": self.dtype,
             "device": self.device,
             "versions": [torch.__version__, transformers.__version__],

@@ -1,4 +1,4 @@
-"""The linear probe: standardise, fit by logistic regression, fold the standardisation into the weights.
+"""Fitting probes: standardise, fit by logistic regression, fold the standardisation into the weights.
 
 Regularisation is chosen by leaving sources out, never rows: prompts of one source resemble each other, and a
 random split would reward learning the source (published random-split figures flatter by several points).
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.svm import l1_min_c
 
-from guard.capture import Float32Array
+from guard.scorer import Float32Array, Scorer
 
 BoolArray = NDArray[np.bool_]
 Selector = Callable[[Float32Array, BoolArray], NDArray[np.int64]]
@@ -33,18 +34,6 @@ operated at its far left end, and the tail at 1 % alone would be too few prompts
 
 class ProbeError(ValueError):
     """The data cannot support a fit."""
-
-
-class LinearProbe(NamedTuple):
-    """logit = weight · x + bias on raw activations."""
-
-    weight: Float32Array
-    """float32 ``[features]``."""
-    bias: float
-
-    def logits(self, features: Float32Array) -> Float32Array:
-        """Raw logits float32 ``[n]`` of activations ``[n, features]``."""
-        return np.asarray(features @ self.weight + np.float32(self.bias), dtype=np.float32)
 
 
 class Standard(NamedTuple):
@@ -65,10 +54,54 @@ class Standard(NamedTuple):
         """Standardised features, float32."""
         return ((features - self.mean.astype(np.float32)) / self.scale.astype(np.float32)).astype(np.float32)
 
-    def fold(self, weight: NDArray[np.float64], bias: float) -> LinearProbe:
-        """The same function of raw features: w' = w / σ, b' = b − Σ w μ / σ."""
+    def fold(
+        self, weight: NDArray[np.float64], bias: NDArray[np.float64]
+    ) -> tuple[Float32Array, Float32Array]:
+        """The same rows on raw features: w' = w / σ, b' = b − Σ w μ / σ.
+
+        ``weight`` ``[rows, features]``, ``bias`` ``[rows]``; what comes back has the same shapes.
+        """
         folded = weight / self.scale
-        return LinearProbe(folded.astype(np.float32), float(bias - folded @ self.mean))
+        return folded.astype(np.float32), (bias - folded @ self.mean).astype(np.float32)
+
+
+class Family(Protocol):
+    """A kind of probe, and how one is fitted."""
+
+    @property
+    def strengths(self) -> Sequence[float]:
+        """Inverse regularisation strengths worth trying."""
+
+    def path(self, features: Float32Array, positive: BoolArray, strengths: Sequence[float]) -> list[Scorer]:
+        """One probe for each strength, on raw ``features`` ``[n, features]``. Raises ProbeError."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """L2 logistic regression on standardised features, classes weighted equally."""
+
+    strengths: Sequence[float] = STRENGTHS
+
+    def path(self, features: Float32Array, positive: BoolArray, strengths: Sequence[float]) -> list[Scorer]:
+        """Each fit starts from the solution of the one before."""
+        need_both(positive)
+        standard = Standard.of(features)
+        standardised = standard.apply(features)
+        solver = LogisticRegression(class_weight="balanced", max_iter=5000, warm_start=True, random_state=0)
+        scorers = []
+        for strength in strengths:
+            solver.set_params(C=strength).fit(standardised, positive)
+            folded = standard.fold(solver.coef_.astype(np.float64), solver.intercept_.astype(np.float64))
+            scorers.append(Scorer(*folded))
+        return scorers
+
+
+def need_both(positive: BoolArray) -> None:
+    """Raises ProbeError unless there are positives and negatives."""
+    if positive.all() or not positive.any():
+        raise ProbeError(
+            f"a probe needs both classes, but {int(positive.sum())} of {len(positive)} prompts are positive"
+        )
 
 
 class Choice(NamedTuple):
@@ -83,26 +116,15 @@ class Choice(NamedTuple):
     """Whether folds were made of whole sources; False when there are too few of them."""
 
 
-def fit_probe(features: Float32Array, positive: BoolArray, *, strength: float) -> LinearProbe:
-    """L2 logistic regression on standardised features, classes weighted equally. Raises ProbeError."""
-    standard = Standard.of(features)
-    return standard.fold(*_regress(standard.apply(features), positive, [strength])[0])
+LINEAR = Linear()
 
 
-def _regress(
-    features: Float32Array, positive: BoolArray, strengths: Sequence[float]
-) -> list[tuple[NDArray[np.float64], float]]:
-    """Weights and bias for each strength; each fit starts from the solution of the one before."""
-    if positive.all() or not positive.any():
-        raise ProbeError(
-            f"a probe needs both classes, but {int(positive.sum())} of {len(positive)} prompts are positive"
-        )
-    solver = LogisticRegression(class_weight="balanced", max_iter=5000, warm_start=True, random_state=0)
-    solutions = []
-    for strength in strengths:
-        solver.set_params(C=strength).fit(features, positive)
-        solutions.append((solver.coef_[0].astype(np.float64), float(solver.intercept_[0])))
-    return solutions
+def fit_probe(
+    features: Float32Array, positive: BoolArray, *, strength: float, family: Family = LINEAR
+) -> Scorer:
+    """The probe at one strength. Raises ProbeError."""
+    (scorer,) = family.path(features, positive, [strength])
+    return scorer
 
 
 def source_folds(sources: NDArray[np.str_], harmful: BoolArray, *, most: int = 6) -> NDArray[np.int64] | None:
@@ -133,16 +155,18 @@ def choose_strength(
     sources: NDArray[np.str_],
     harmful: BoolArray,
     *,
-    strengths: Sequence[float] = STRENGTHS,
+    family: Family = LINEAR,
+    strengths: Sequence[float] | None = None,
     select: Selector | None = None,
     seed: int = 0,
 ) -> Choice:
     """Fit without each fold of sources at each strength; keep the strength that ranks held-out prompts best.
 
-    ``features`` ``[n, features]``, the others ``[n]``. With ``select``, columns are chosen anew in each fold:
-    a choice that has seen the held-out prompts makes their scores far too good. Raises ProbeError when no
-    fold holds both classes.
+    ``features`` ``[n, features]``, the others ``[n]``; ``strengths`` are the family's unless given. With
+    ``select``, columns are chosen anew in each fold: a choice that has seen the held-out prompts makes their
+    scores far too good. Raises ProbeError when no fold holds both classes.
     """
+    strengths = family.strengths if strengths is None else strengths
     assigned = source_folds(sources, harmful)
     by_source = assigned is not None
     folds = np.random.default_rng(seed).permutation(len(positive)) % 5 if assigned is None else assigned
@@ -157,11 +181,9 @@ def choose_strength(
         if select is not None:
             columns = select(seen, positive[rest])
             seen, unseen = seen[:, columns], unseen[:, columns]
-        standard = Standard.of(seen)
-        # The standardised copy is the largest array here: made once a fold, not once a strength.
-        solutions = _regress(standard.apply(seen), positive[rest], strengths)
-        for row, solution in enumerate(solutions):
-            held_out[row, inside] = standard.fold(*solution).logits(unseen)
+        # All strengths at once: a family standardises once a fold, and that copy is the largest array here.
+        for row, scorer in enumerate(family.path(seen, positive[rest], strengths)):
+            held_out[row, inside] = scorer.logits(unseen)
         if positive[inside].any() and not positive[inside].all():
             areas.append(
                 [float(roc_auc_score(positive[inside], row[inside], max_fpr=LOW_FPR)) for row in held_out]

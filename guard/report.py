@@ -20,6 +20,7 @@ def markdown(document: Mapping[str, Any]) -> str:
         "",
         f"Model `{about['model']}` (weights `{about['weights_sha256'][:12]}`), bundle "
         f"`{about['digest'][:12]}`, {about['units']} units at {about['sites']} sites.",
+        *_adapter(document.get("adapter")),
         f"The probe was fitted to: {QUESTIONS[about['label']]}.",
         f"Tested on {evaluation['prompts']['harmful']} harmful and {evaluation['prompts']['benign']} benign "
         "prompts of sources that were neither fitted nor calibrated on. Intervals are 95 % (Wilson for "
@@ -52,6 +53,15 @@ def markdown(document: Mapping[str, Any]) -> str:
     if document.get("data"):
         parts += ["", "## Data", "", *_data(document["data"])]
     return "\n".join(parts) + "\n"
+
+
+def _adapter(adapter: Mapping[str, Any] | None) -> list[str]:
+    if adapter is None:
+        return []
+    return [
+        f"**Under the LoRA adapter `{adapter['name']}` (`{adapter['sha256'][:12]}`)**; probe and thresholds "
+        "are those of the model without it."
+    ]
 
 
 def _harmful(evaluation: Mapping[str, Any], rates: Sequence[str]) -> list[str]:

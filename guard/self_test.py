@@ -6,16 +6,16 @@ harmful requests, so that their scores spread.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from guard.bundle import Bundle, SelfTest, Site
+from guard.bundle import AdapterCard, Bundle, SelfTest, Site
 from guard.capture import Float32Array, read_batch
 from guard.checkpoint import Checkpoint
-from guard.probe import LinearProbe
 from guard.prompts import Tokens, encode
+from guard.scorer import Scorer
 
 MILD_PROMPTS = (
     "What is the capital of France?",
@@ -67,7 +67,7 @@ class Measured(NamedTuple):
 def measure(
     checkpoint: Checkpoint,
     units: Sequence[Site],
-    probe: LinearProbe,
+    scorer: Scorer,
     *,
     device: str = "cpu",
     dtypes: Sequence[str] = DTYPES,
@@ -75,13 +75,9 @@ def measure(
     """Score the mild prompts one by one in each dtype and keep those whose scores lie far apart."""
     tokenizer = checkpoint.load_tokenizer()
     prompts = [encode(tokenizer, [{"role": "user", "content": text}]) for text in MILD_PROMPTS]
-    logits = {dtype: probe.logits(_features(checkpoint, units, prompts, dtype, device)) for dtype in dtypes}
-    exact = logits["float32"]
-    spread = float(exact.std())
-    chosen = _spread_out(exact, PROMPTS)
-    deviation = {dtype: float(np.abs(values - exact).max()) for dtype, values in logits.items()}
-    floor = FLOAT32_TOLERANCE * max(spread, float(np.abs(exact).max()) / 100, 1e-6)
-    tolerance = {dtype: max(floor, ROUNDING_MARGIN * far) for dtype, far in deviation.items()}
+    logits = {dtype: scorer.logits(_features(checkpoint, units, prompts, dtype, device)) for dtype in dtypes}
+    chosen = _spread_out(logits["float32"], PROMPTS)
+    spread, deviation, tolerance = _tolerance(logits)
     return Measured(
         SelfTest(
             prompts=tuple(prompts[i] for i in chosen),
@@ -91,6 +87,39 @@ def measure(
         deviation,
         spread,
     )
+
+
+def measure_adapter(bundle: Bundle, checkpoint: Checkpoint, *, device: str = "cpu") -> AdapterCard:
+    """Score the bundle's own self-test prompts under ``checkpoint.adapter``, in the bundle's dtypes.
+
+    Raises ValueError when there is no adapter.
+    """
+    adapter, card = checkpoint.adapter, bundle.card
+    if adapter is None:
+        raise ValueError("the checkpoint has no adapter to measure")
+    prompts = card.self_test.prompts
+    logits = {
+        dtype: bundle.logits(_features(checkpoint, card.sites, prompts, dtype, device))
+        for dtype in dict.fromkeys(("float32", *card.self_test.logits))
+    }
+    _, _, tolerance = _tolerance(logits)
+    return AdapterCard(
+        name=adapter.name,
+        sha256=adapter.sha256,
+        rank=adapter.rank,
+        self_test={dtype: tuple(map(float, values)) for dtype, values in logits.items()},
+        tolerance=tolerance,
+    )
+
+
+def _tolerance(logits: Mapping[str, Float32Array]) -> tuple[float, dict[str, float], dict[str, float]]:
+    """Spread of the float32 logits; largest distance to them, and the tolerance, by dtype."""
+    exact = logits["float32"]
+    spread = float(exact.std())
+    deviation = {dtype: float(np.abs(values - exact).max()) for dtype, values in logits.items()}
+    floor = FLOAT32_TOLERANCE * max(spread, float(np.abs(exact).max()) / 100, 1e-6)
+    tolerance = {dtype: max(floor, ROUNDING_MARGIN * far) for dtype, far in deviation.items()}
+    return spread, deviation, tolerance
 
 
 def _features(
@@ -113,16 +142,39 @@ class SelfTestError(ValueError):
     """A model does not give the scores that its bundle records."""
 
 
-def check(bundle: Bundle, checkpoint: Checkpoint, *, device: str = "cpu") -> dict[str, float]:
-    """Largest |difference| from the recorded scores, by dtype. Raises SelfTestError beyond the tolerance."""
-    card = bundle.card
-    found = {}
-    for dtype, expected in card.self_test.logits.items():
-        features = _features(checkpoint, card.sites, card.self_test.prompts, dtype, device)
-        found[dtype] = float(np.abs(bundle.logits(features) - np.array(expected, dtype=np.float32)).max())
-        if not found[dtype] <= card.self_test.tolerance[dtype]:
+class Difference(NamedTuple):
+    """Largest |difference| from the recorded scores of one dtype."""
+
+    found: float
+    accepted: float
+
+
+def check(bundle: Bundle, checkpoint: Checkpoint, *, device: str = "cpu") -> dict[str, Difference]:
+    """Compare with the recorded scores, by dtype. Raises SelfTestError beyond the tolerance.
+
+    With ``checkpoint.adapter``, which must be listed, the scores are those recorded for it; raises
+    AdapterError when its files are not those that were measured.
+    """
+    card, adapter = bundle.card, checkpoint.adapter
+    recorded, tolerance = card.self_test.logits, card.self_test.tolerance
+    if adapter is not None:
+        listed = {entry.name: entry for entry in card.adapters}
+        if adapter.name not in listed:
             raise SelfTestError(
-                f"self-test scores in {dtype} differ by {found[dtype]:.3g} from the bundle's, accepted is "
-                f"{card.self_test.tolerance[dtype]:.3g}"
+                f"the bundle lists no adapter {adapter.name!r} (it lists: "
+                f"{', '.join(sorted(listed)) or 'none'}); list it with: neuronguard bundle adapter"
             )
+        entry = listed[adapter.name]
+        adapter.verify(entry)
+        recorded, tolerance = entry.self_test, entry.tolerance
+    found = {}
+    for dtype, expected in recorded.items():
+        features = _features(checkpoint, card.sites, card.self_test.prompts, dtype, device)
+        far = float(np.abs(bundle.logits(features) - np.array(expected, dtype=np.float32)).max())
+        if not far <= tolerance[dtype]:
+            raise SelfTestError(
+                f"self-test scores in {dtype} differ by {far:.3g} from the bundle's, accepted is "
+                f"{tolerance[dtype]:.3g}"
+            )
+        found[dtype] = Difference(far, tolerance[dtype])
     return found

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from guard.commands import options
+
+if TYPE_CHECKING:
+    from guard.bundle import Bundle
+    from guard.checkpoint import Checkpoint
 
 
 @click.group()
@@ -27,6 +32,8 @@ def show(directory: Path) -> None:
         f"model      {card.model.name} ({card.model.architecture}), weights {card.model.weights_sha256}"
     )
     click.echo(f"label      {card.label}")
+    hidden = f", {loaded.scorer.hidden} hidden units" if card.probe == "mlp" else ""
+    click.echo(f"probe      {card.probe}{hidden}")
     click.echo(f"reads      {card.features} features at {len(card.sites)} sites")
     for threshold in card.thresholds:
         default = ", the default" if threshold == card.threshold(card.default_false_positive_rate) else ""
@@ -37,6 +44,8 @@ def show(directory: Path) -> None:
         )
     for name, tolerance in card.self_test.tolerance.items():
         click.echo(f"self-test  {len(card.self_test.prompts)} prompts, {name} within {tolerance:.3g}")
+    for adapter in card.adapters:
+        click.echo(f"adapter    {adapter.name}, rank {adapter.rank}, {adapter.sha256}")
     for file in card.data:
         click.echo(f"data       {file.role}: {file.name}, {file.harmful} harmful, {file.benign} benign")
 
@@ -44,19 +53,73 @@ def show(directory: Path) -> None:
 @bundle.command()
 @click.argument("directory", type=options.PATH)
 @options.model
-def verify(directory: Path, model: str) -> None:
+@click.option(
+    "--adapter", metavar="NAME=DIR", help="Check the scores under this LoRA adapter, which is listed."
+)
+def verify(directory: Path, model: str, adapter: str | None) -> None:
     """Check that a bundle belongs to a model and that its self-test scores come out."""
     from guard.bundle import Bundle
     from guard.self_test import check
 
     loaded = Bundle.load(directory)
+    checkpoint = _model_of(loaded, model)
+    if adapter:
+        checkpoint = checkpoint.under(options.adapter(adapter))
+    for dtype, difference in check(loaded, checkpoint).items():
+        click.echo(f"{dtype}: largest difference {difference.found:.3g}, accepted {difference.accepted:.3g}")
+    under = f" under {adapter}" if adapter else ""
+    click.echo(f"{directory} belongs to {checkpoint.name}; its scores come out{under}")
+
+
+@bundle.command("adapter")
+@click.argument("directory", type=options.PATH)
+@options.model
+@click.option(
+    "--adapter",
+    "adapters",
+    metavar="NAME=DIR",
+    multiple=True,
+    required=True,
+    help="A LoRA adapter as PEFT saves it, and the name that requests call it by; repeatable.",
+)
+@click.option("--out", required=True, type=options.PATH, help="Directory of the new bundle.")
+@click.option("--device", default="cpu", show_default=True, help="A torch device, such as cuda.")
+def adapter_(directory: Path, model: str, adapters: tuple[str, ...], out: Path, device: str) -> None:
+    """Write a bundle that also lists LoRA adapters, with the scores of its self-test under each.
+
+    The probe and the operating points stay those of the model without the adapter. Check first that they
+    hold: neuronguard evaluate --adapter NAME=DIR. An adapter is merged into the model in memory, never on
+    disk. Plain LoRA on the linear layers of decoder blocks is supported, rank-stabilised or not; whatever
+    else an adapter has is refused by name.
+    """
+    from guard.bundle import CARD_FILE, Bundle
+    from guard.self_test import measure_adapter
+
+    if out.exists() and not (out / CARD_FILE).is_file():
+        raise click.UsageError(f"{out} exists and is not a bundle; choose another --out")
+    loaded = Bundle.load(directory)
+    checkpoint = _model_of(loaded, model)
+    for text in adapters:
+        card = measure_adapter(loaded, checkpoint.under(options.adapter(text)), device=device)
+        loaded = loaded.with_adapter(card)
+        click.echo(f"{card.name}: rank {card.rank}")
+        for dtype, without in loaded.card.self_test.logits.items():
+            moved = max(abs(a - b) for a, b in zip(without, card.self_test[dtype], strict=True))
+            told = "" if moved > card.tolerance[dtype] else "; the self-test cannot tell whether it is on"
+            click.echo(
+                f"  {dtype}: moves the self-test's scores by up to {moved:.3g}, a difference of "
+                f"{card.tolerance[dtype]:.3g} is accepted{told}"
+            )
+    loaded.save(out)
+    click.echo(f"wrote {out}: digest {loaded.digest}; the operating points are those without an adapter")
+
+
+def _model_of(bundle: Bundle, model: str) -> Checkpoint:
+    """The checkpoint that ``--model`` names. Raises BundleError when the bundle belongs to another."""
     checkpoint = options.open_model(model)
-    loaded.verify_model(
+    bundle.verify_model(
         shape=checkpoint.shape,
         weights_sha256=checkpoint.weights_sha256,
         tokenizer_sha256=checkpoint.tokenizer_sha256,
     )
-    for dtype, difference in check(loaded, checkpoint).items():
-        accepted = loaded.card.self_test.tolerance[dtype]
-        click.echo(f"{dtype}: largest difference {difference:.3g}, accepted {accepted:.3g}")
-    click.echo(f"{directory} belongs to {checkpoint.name}")
+    return checkpoint

@@ -25,6 +25,9 @@ from guard.commands import options
 @click.option(
     "--markdown", "markdown_file", type=options.PATH, help="Write the tables to this file, not to the screen."
 )
+@click.option(
+    "--adapter", metavar="NAME=DIR", help="Test the model with this LoRA adapter merged in, in memory."
+)
 @options.apart
 @options.running
 def evaluate(
@@ -33,6 +36,7 @@ def evaluate(
     eval_data: tuple[Path, ...],
     json_file: Path | None,
     markdown_file: Path | None,
+    adapter: str | None,
     apart: tuple[str, ...],
     **running: Any,
 ) -> None:
@@ -46,7 +50,7 @@ def evaluate(
     bundle = Bundle.load(directory)
     dataset = load("evaluate", eval_data)
     click.echo(options.describe(dataset), err=True)
-    document = evaluate_bundle(bundle, options.subject(model, running), dataset, apart=apart)
+    document = evaluate_bundle(bundle, options.subject(model, running, adapter), dataset, apart=apart)
     text = markdown(document)
     if json_file:
         figures = json.dumps(document, indent=1, ensure_ascii=False) + "\n"

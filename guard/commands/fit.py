@@ -50,6 +50,20 @@ from guard.commands import options
     "--max-units", type=click.IntRange(min=1), default=1000, show_default=True, help="Most units for 'l1'."
 )
 @click.option(
+    "--probe",
+    type=click.Choice(["linear", "mlp"]),
+    default="linear",
+    show_default=True,
+    help="A logistic regression, or a network with one hidden layer. 'l1' chooses units by a linear fit "
+    "either way; name units, or take all, if single ones may say nothing by themselves.",
+)
+@click.option(
+    "--hidden",
+    type=click.IntRange(1, 256),
+    default=None,
+    help="Size of the hidden layer of 'mlp'.  [default: 16]",
+)
+@click.option(
     "--rate",
     "rates",
     multiple=True,
@@ -80,6 +94,8 @@ def fit(
     dry_run: bool,
     label: Any,
     max_units: int,
+    probe: Any,
+    hidden: int | None,
     rates: tuple[float, ...],
     default_rate: float,
     apart: tuple[str, ...],
@@ -89,13 +105,18 @@ def fit(
     """Fit a probe on a model's activations and write a bundle."""
     from guard.bundle import CARD_FILE
     from guard.data import load
-    from guard.fit import FitSettings, fit_bundle
+    from guard.fit import fit_bundle
+    from guard.fit_settings import FitSettings
 
+    if hidden is not None and probe == "linear":
+        raise click.UsageError("--hidden is the size of a hidden layer; give it with --probe mlp")
     settings = FitSettings(
         label=label,
         units="l1" if units == "l1" else "all" if units == "all" else "file",
         units_file=None if units in ("l1", "all") else Path(units),
         max_units=max_units,
+        probe=probe,
+        hidden=hidden or 16,
         rates=rates,
         default_rate=default_rate,
         apart=apart,
@@ -112,7 +133,7 @@ def fit(
     subject = options.subject(model, running)
     click.echo(f"model: {subject.checkpoint.name}, {subject.checkpoint.shape}")
     if dry_run:
-        click.echo(f"would fit '{label}' on units '{units}' and write {out}; nothing was done")
+        click.echo(f"would fit '{label}' ({probe}) on units '{units}' and write {out}; nothing was done")
         return
     bundle = fit_bundle(subject, settings, fitting, threshold, evaluation)
     bundle.save(out)

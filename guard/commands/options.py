@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from guard.adapters import Adapter
     from guard.checkpoint import Checkpoint
     from guard.data import Dataset
     from guard.observe import Subject
@@ -18,6 +19,17 @@ model = click.option("--model", required=True, help="A local Hugging Face checkp
 apart = click.option(
     "--apart", multiple=True, help="Benign evaluation source to report without pooling it; repeatable."
 )
+
+
+def adapter(text: str) -> Adapter:
+    """The adapter that ``NAME=DIR`` names."""
+    from guard.adapters import Adapter
+
+    name, equals, directory = text.partition("=")
+    if not (name and equals and directory):
+        raise click.BadParameter(f"{text!r} is not NAME=DIR")
+    return Adapter.open(directory, name)
+
 
 _RUNNING = (
     click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True),
@@ -54,13 +66,17 @@ def open_model(text: str) -> Checkpoint:
     return Checkpoint.open(path, name)
 
 
-def subject(text: str, running: dict[str, Any]) -> Subject:
-    """The model that ``--model`` names, ready to be observed as the running options say."""
+def subject(text: str, running: dict[str, Any], under: str | None = None) -> Subject:
+    """The model that ``--model`` names, ready to be observed as the running options say.
+
+    ``under`` is a LoRA adapter to merge into it, as NAME=DIR.
+    """
     from guard.cache import Cache, cache_root
     from guard.observe import Subject
 
+    checkpoint = open_model(text)
     return Subject(
-        open_model(text),
+        checkpoint.under(adapter(under)) if under else checkpoint,
         Cache(None if running["no_cache"] else cache_root()),
         dtype=running["dtype"],
         device=running["device"],

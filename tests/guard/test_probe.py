@@ -8,7 +8,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from guard.probe import (
-    LinearProbe,
     ProbeError,
     Standard,
     choose_strength,
@@ -16,6 +15,7 @@ from guard.probe import (
     select_columns,
     source_folds,
 )
+from guard.scorer import Scorer
 
 
 def world(n: int = 600, features: int = 12, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -40,9 +40,9 @@ def test_folded_weights_give_the_logits_of_the_standardised_model() -> None:
 def test_folding_is_exact_for_any_weights() -> None:
     x, _, _ = world()
     standard = Standard.of(x)
-    weight = np.random.default_rng(1).normal(size=x.shape[1])
-    folded = standard.fold(weight, 0.75)
-    expected = (x.astype(np.float64) - standard.mean) / standard.scale @ weight + 0.75
+    weight = np.random.default_rng(1).normal(size=(1, x.shape[1]))
+    folded = Scorer(*standard.fold(weight, np.array([0.75])))
+    expected = (x.astype(np.float64) - standard.mean) / standard.scale @ weight[0] + 0.75
     np.testing.assert_allclose(folded.logits(x), expected, atol=1e-3)
 
 
@@ -50,9 +50,9 @@ def test_a_feature_that_never_varies_gets_no_weight() -> None:
     x, positive, _ = world()
     x[:, 4] = 3.25
     probe = fit_probe(x, positive, strength=0.1)
-    assert probe.weight[4] == 0
+    assert probe.weight[0, 4] == 0
     assert np.isfinite(probe.weight).all()
-    assert np.isfinite(probe.bias)
+    assert np.isfinite(probe.bias).all()
 
 
 def test_folds_keep_sources_whole_and_hold_both_labels() -> None:
@@ -157,6 +157,6 @@ def test_positives_of_a_single_source_cannot_be_validated() -> None:
 
 
 def test_logits_are_float32() -> None:
-    probe = LinearProbe(np.ones(3, dtype=np.float32), 1.0)
+    probe = Scorer.linear(np.ones(3, dtype=np.float32), 1.0)
     assert probe.logits(np.ones((2, 3), dtype=np.float32)).tolist() == [4.0, 4.0]
     assert probe.logits(np.ones((2, 3), dtype=np.float32)).dtype == np.float32

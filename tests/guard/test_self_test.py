@@ -8,8 +8,8 @@ import pytest
 from guard.bundle import Site
 from guard.checkpoint import Checkpoint
 from guard.judge import is_refusal
-from guard.probe import LinearProbe
 from guard.prompts import ends_with_tail, prompt_tails
+from guard.scorer import Scorer
 from guard.self_test import MILD_PROMPTS, PROMPTS, Measured, measure
 from tests.guard import worlds
 
@@ -19,7 +19,7 @@ UNITS = (Site(layer=0, kind="mlp", units=(1, 2, 3)), Site(layer=2, kind="mlp", u
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
     path = worlds.checkpoint(tmp_path_factory.mktemp("m") / "model", worlds.model())
-    return measure(Checkpoint.open(path), UNITS, LinearProbe(np.linspace(-2, 1, 5, dtype=np.float32), 0.1))
+    return measure(Checkpoint.open(path), UNITS, Scorer.linear(np.linspace(-2, 1, 5, dtype=np.float32), 0.1))
 
 
 def test_the_prompts_end_as_served_prompts_do(measured: Measured) -> None:
@@ -51,7 +51,7 @@ def test_mild_prompts_are_different_questions() -> None:
 def test_reading_another_neuron_is_beyond_the_tolerance(measured: Measured, tmp_path: Path) -> None:
     path = worlds.checkpoint(tmp_path / "model", worlds.model())
     wrong = (Site(layer=0, kind="mlp", units=(1, 2, 4)), UNITS[1])
-    other = measure(Checkpoint.open(path), wrong, LinearProbe(np.linspace(-2, 1, 5, dtype=np.float32), 0.1))
+    other = measure(Checkpoint.open(path), wrong, Scorer.linear(np.linspace(-2, 1, 5, dtype=np.float32), 0.1))
     expected = dict(zip(measured.self_test.prompts, measured.self_test.logits["float32"], strict=True))
     found = dict(zip(other.self_test.prompts, other.self_test.logits["float32"], strict=True))
     shared = expected.keys() & found.keys()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors.torch import save_file as save_torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -110,16 +111,32 @@ class Planted(NamedTuple):
 
 def planted(root: Path) -> Planted:
     """Labels = a sum of six standardised neurons, thresholded: no word gives them away."""
+
+    def rule(values: np.ndarray) -> np.ndarray:
+        total = ((values - values.mean(0)) / values.std(0)).sum(1)
+        return np.asarray(total > np.quantile(total, 0.6))
+
+    return _planted(root, {0: [3, 17], 1: [8, 40], 2: [5, 21]}, rule)
+
+
+def exclusive(root: Path) -> Planted:
+    """Harmful when exactly one of two neurons is above its median: no sum of neurons gives that away."""
+
+    def rule(values: np.ndarray) -> np.ndarray:
+        above = values > np.median(values, axis=0)
+        return np.asarray(above[:, 0] != above[:, 1])
+
+    return _planted(root, {0: [3], 1: [8]}, rule)
+
+
+def _planted(root: Path, neurons: dict[int, list[int]], rule: Callable[[np.ndarray], np.ndarray]) -> Planted:
     made = model()
     shape = shape_of(made.config)
     prompts = texts(2100, seed=1)
     ids = [encode(tokenizer(), [{"role": "user", "content": text}]) for text in prompts]
     features = read_prompts(made, every_neuron(shape), ids)
-    neurons = {0: [3, 17], 1: [8, 40], 2: [5, 21]}
     columns = [layer * shape.mlp_width + unit for layer, units in neurons.items() for unit in units]
-    values = features[:, columns]
-    total = ((values - values.mean(0)) / values.std(0)).sum(1)
-    labels = np.where(total > np.quantile(total, 0.6), "harmful", "benign")
+    labels = np.where(rule(features[:, columns]), "harmful", "benign")
 
     def rows(first: int, last: int, sources: str, only: str | None = None) -> list[dict[str, Any]]:
         return [
@@ -191,3 +208,52 @@ def mlp_bundle(hidden: int, *, seed: int = 0, **changes: Any) -> Bundle:
     weight = random.standard_normal((hidden, made.features), dtype=np.float32)
     bias, readout = random.standard_normal((2, hidden), dtype=np.float32)
     return Bundle(made, Scorer(weight, bias, readout, 0.5))
+
+
+def adapter(
+    path: Path,
+    made: Any,
+    targets: Iterable[str] = ("q_proj", "down_proj"),
+    *,
+    rank: int = 4,
+    alpha: float = 8,
+    size: float = 0.1,
+    seed: int = 0,
+    tensors: dict[str, torch.Tensor] | None = None,
+    **settings: Any,
+) -> Path:
+    """A random LoRA adapter for ``made``, as PEFT writes it; ``settings`` change its configuration."""
+    random = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, module in made.named_modules():
+        if name.rsplit(".", 1)[-1] in targets:
+            shapes = {"A": (rank, module.in_features), "B": (module.out_features, rank)}
+            for part, shape in shapes.items():
+                tensor = size * torch.randn(shape, generator=random)
+                weights[f"base_model.model.{name}.lora_{part}.weight"] = tensor
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "toy",
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": list(targets),
+        "lora_dropout": 0.05,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "loftq_config": {},
+        "megatron_core": "megatron.core",
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_dora": False,
+        "use_rslora": False,
+        "qalora_group_size": 16,
+        **settings,
+    }
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    save_torch(weights if tensors is None else tensors, path / "adapter_model.safetensors")
+    return path
