@@ -9,72 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+
+from guard.engine.buffers import PendingScores
 
 LOGITS_ATTRIBUTE = "neuronguard_logits"
 """Name of the extra attribute of ``ModelRunnerOutput``: ``{request id: raw logit}``."""
-
-STEPS_IN_FLIGHT = 4
-"""Steps whose copies may be under way at once; vLLM has two with asynchronous scheduling."""
-
-
-class PendingScores:
-    """Logits of one step, perhaps still being copied."""
-
-    def __init__(self, request_ids: list[str], host: Tensor, done: Any) -> None:
-        self._request_ids = request_ids
-        self._host = host
-        self._done = done
-
-    def take(self) -> dict[str, float]:
-        """Raw logits by request id; waits until they are there."""
-        if self._done is not None:
-            self._done.synchronize()
-        return dict(zip(self._request_ids, self._host.tolist(), strict=True))
-
-
-class ScoreBuffers:
-    """Host memory for what goes to the device (rows) and what comes back (logits), used in turn."""
-
-    def __init__(self, max_requests: int, device: torch.device) -> None:
-        self._device = device
-        self._on_host = device.type == "cpu"
-        self._turn = 0
-        if not self._on_host:
-            shape = (STEPS_IN_FLIGHT, max_requests)
-            self._rows = torch.zeros(shape, dtype=torch.int64, pin_memory=True)
-            self._logits = torch.zeros(shape, dtype=torch.float32, pin_memory=True)
-            self._device_rows = torch.zeros(max_requests, dtype=torch.int64, device=device)
-
-    @property
-    def bytes(self) -> int:
-        """Device memory."""
-        return 0 if self._on_host else self._device_rows.numel() * self._device_rows.element_size()
-
-    def to_device(self, rows: NDArray[np.int64]) -> Tensor:
-        """Rows ``[n]`` of a step's batch, as a tensor on the device."""
-        if self._on_host:
-            return torch.from_numpy(rows)
-        self._turn = (self._turn + 1) % STEPS_IN_FLIGHT
-        count = len(rows)
-        staged = self._rows[self._turn, :count]
-        staged.numpy()[:] = rows
-        return self._device_rows[:count].copy_(staged, non_blocking=True)
-
-    def to_host(self, request_ids: list[str], logits: Tensor) -> PendingScores:
-        """Start to bring logits ``[n]`` to the host."""
-        if self._on_host:
-            # The next step overwrites them, and may come before these are taken.
-            return PendingScores(request_ids, logits.clone(), None)
-        host = self._logits[self._turn, : len(request_ids)]
-        host.copy_(logits, non_blocking=True)
-        done = torch.Event(self._device)
-        done.record()
-        return PendingScores(request_ids, host, done)
 
 
 class ScoredOutput(AsyncModelRunnerOutput):

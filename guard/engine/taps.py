@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from guard.bundle import Bundle, GuardCard, Site
 from guard.engine import ops
+from guard.engine.buffers import PendingScores, ScoreBuffers
 from guard.engine.errors import GuardStartupError
 from guard.engine.head import ProbeHead
-from guard.engine.outputs import PendingScores, ScoreBuffers
 from guard.engine.staging import Layout, Staging
 from guard.sites import module_name
 

@@ -15,8 +15,9 @@ from vllm.config import CUDAGraphMode
 from vllm.config.compilation import CompilationMode
 from vllm.platforms import current_platform
 
+from guard.engine.buffers import PendingScores
 from guard.engine.config import GuardConfig
-from guard.engine.outputs import PendingScores, attach
+from guard.engine.outputs import attach
 from guard.engine.runners import stage_after_layout
 from guard.engine.support import refuse_unsupported
 from guard.engine.taps import Taps
