@@ -70,7 +70,8 @@ def capture(model: Any, sites: Sequence[Site], positions: Tensor) -> Iterator[Ca
                 columns: Tensor = columns,
                 whole: bool = whole,
             ) -> None:
-                picked = inputs[0][rows, positions]
+                # A mixture of experts flattens [batch, tokens, width] to [batch * tokens, width].
+                picked = inputs[0].reshape(len(rows), -1, inputs[0].shape[-1])[rows, positions]
                 result._keep(index, picked if whole else picked.index_select(-1, columns))
 
             handles.append(module.register_forward_pre_hook(hook))

@@ -46,6 +46,7 @@ class ModelCard(_Card):
     mlp_width: int
     heads: int
     head_dim: int
+    first_mlp_layer: int = 0
     weights_sha256: str
     """Digest of the weights (``guard.digest.weights_digest``)."""
     tokenizer_sha256: str
@@ -54,7 +55,7 @@ class ModelCard(_Card):
     @property
     def shape(self) -> ModelShape:
         """The sizes as sites need them."""
-        return ModelShape(self.architecture, self.layers, self.mlp_width, self.heads, self.head_dim)
+        return ModelShape(**self.model_dump(include=set(ModelShape._fields)))
 
 
 class Calibration(_Card):
@@ -155,6 +156,7 @@ class GuardCard(_Card):
         for site in self.sites:
             if site.layer >= shape.layers:
                 raise ValueError(f"site at layer {site.layer}, but the model has {shape.layers} layers")
+            shape.check(site.kind, site.layer)
             if site.units[-1] >= shape.units(site.kind):
                 raise ValueError(
                     f"unit {site.units[-1]} at layer {site.layer}, but a {site.kind} site has "
@@ -202,4 +204,6 @@ def card_bytes(card: GuardCard) -> bytes:
     if not card.adapters:
         # Left out, not empty: bundles made before adapters were known keep their bytes and their digest.
         del document["adapters"]
+    if not card.model.first_mlp_layer:
+        del document["model"]["first_mlp_layer"]
     return (json.dumps(document, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()

@@ -25,13 +25,15 @@ class UnitsError(ValueError):
 
 
 def every_neuron(shape: ModelShape) -> Units:
-    """All MLP neurons of all layers."""
-    units = tuple(range(shape.mlp_width))
-    return tuple(Site(layer=layer, kind="mlp", units=units) for layer in range(shape.layers))
+    """All MLP neurons of all layers that have MLP sites. Raises NoSuchSiteError when none has."""
+    units = tuple(range(shape.units("mlp")))
+    return tuple(
+        Site(layer=layer, kind="mlp", units=units) for layer in range(shape.first_mlp_layer, shape.layers)
+    )
 
 
 def read_units(path: str | Path, shape: ModelShape) -> Units:
-    """Units named by a file. Raises UnitsError."""
+    """Units named by a file. Raises UnitsError, or NoSuchSiteError when a layer has no such site."""
     try:
         document = json.loads(Path(path).read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -56,6 +58,7 @@ def read_units(path: str | Path, shape: ModelShape) -> Units:
                     f"{path}: {kind} unit {chosen[-1]} of layer {layer} does not exist; the model has "
                     f"{shape.layers} layers with {shape.units(kind)} {kind} units each"
                 )
+            shape.check(kind, site.layer)
             sites.append(site)
     if not sites:
         raise UnitsError(f"{path} names no unit")

@@ -73,10 +73,13 @@ class Reference:
         hooks = []
         for site in self.sites:
             layer = self.model.model.layers[site.layer]
-            module = layer.mlp.down_proj if site.kind == "mlp" else layer.self_attn.o_proj
+            mlp = getattr(layer.mlp, "shared_expert", getattr(layer.mlp, "shared_experts", layer.mlp))
+            module = mlp.down_proj if site.kind == "mlp" else layer.self_attn.o_proj
             key = (site.layer, site.kind)
             hooks.append(
-                module.register_forward_pre_hook(lambda m, a, key=key: seen.__setitem__(key, a[0][0, -1]))
+                module.register_forward_pre_hook(
+                    lambda m, a, key=key: seen.__setitem__(key, a[0].flatten(0, -2)[-1])
+                )
             )
         self.model(torch.tensor([prompt]))
         for hook in hooks:
@@ -110,11 +113,7 @@ def make_bundle(
     card = GuardCard(
         model=ModelCard(
             name=model.name,
-            architecture=shape.architecture,
-            layers=shape.layers,
-            mlp_width=shape.mlp_width,
-            heads=shape.heads,
-            head_dim=shape.head_dim,
+            **shape._asdict(),
             weights_sha256=weights_digest(model),
             tokenizer_sha256=tokenizer_digest(model),
         ),

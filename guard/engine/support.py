@@ -18,6 +18,15 @@ Check = Callable[[Any], bool]
 TRANSFORMERS_BACKEND = ("Olmo2ForCausalLM",)
 """Architectures that vLLM runs with transformers' own layers, having no class for them."""
 
+MIXTURES = (
+    "Glm4MoeForCausalLM",
+    "MixtralForCausalLM",
+    "OlmoeForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
+"""Mixtures of experts among the supported architectures."""
+
 SPECULATION = ("ngram",)
 """Methods of speculative decoding that were run."""
 
@@ -97,6 +106,12 @@ REFUSED: tuple[tuple[str, Check], ...] = (
         lambda c: _architecture(c) in ("Qwen2ForCausalLM", "Qwen3ForCausalLM") and _has_window(c),
     ),
     (
+        # vLLM's classes leave the last three out, transformers does not; a window in one was not tried.
+        "a mixture of experts with a sliding window, or with clip_qkv or norm_topk_prob in OLMoE, or without "
+        "qkv_bias in Qwen2-MoE",
+        lambda c: _is_other_mixture(_architecture(c), c.model_config.hf_text_config),
+    ),
+    (
         "bidirectional attention (use_bidirectional_attention)",  # vLLM reads prompts causally all the same
         lambda c: bool(getattr(c.model_config.hf_text_config, "use_bidirectional_attention", False)),
     ),
@@ -145,6 +160,16 @@ def _architecture(vllm_config: Any) -> str:
 def _has_window(vllm_config: Any) -> bool:
     kinds = getattr(vllm_config.model_config.hf_text_config, "layer_types", None) or ()
     return "sliding_attention" in kinds
+
+
+def _is_other_mixture(architecture: str, config: Any) -> bool:
+    if architecture not in MIXTURES:
+        return False
+    if getattr(config, "sliding_window", None) is not None:
+        return True
+    if architecture == "OlmoeForCausalLM":
+        return config.clip_qkv is not None or bool(config.norm_topk_prob)
+    return architecture == "Qwen2MoeForCausalLM" and not config.qkv_bias
 
 
 def _original_context(vllm_config: Any) -> int:

@@ -83,8 +83,25 @@ def test_further_architectures_are_not_refused(tmp_path, kind):
         ("qwen2", {**WINDOW, "max_window_layers": 0}, "sliding windows"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("phi3_longrope", {"original_max_position_embeddings": 511}, "lower --max-model-len"),
+        ("mixtral", {"sliding_window": 40}, "a mixture of experts with a sliding window"),
+        ("qwen2_moe", WINDOW, "a mixture of experts with a sliding window"),
+        ("qwen3_moe", WINDOW, "a mixture of experts with a sliding window"),
+        ("olmoe", {"clip_qkv": 1.0}, "clip_qkv"),
+        ("olmoe", {"norm_topk_prob": True}, "norm_topk_prob"),
+        ("qwen2_moe", {"qkv_bias": False}, "without qkv_bias"),
     ],
-    ids=["window-in-some", "window-in-all", "bidirectional", "longrope"],
+    ids=[
+        "window-in-some",
+        "window-in-all",
+        "bidirectional",
+        "longrope",
+        "mixtral-window",
+        "qwen2_moe-window",
+        "qwen3_moe-window",
+        "olmoe-clip",
+        "olmoe-norm",
+        "qwen2_moe-bias",
+    ],
 )
 def test_variant_that_vllm_computes_otherwise_is_refused_by_name(tmp_path, kind, sizes, sentence):
     assert sentence in refused(configuration(architectures.make_model(tmp_path / "model", kind, **sizes)))
@@ -149,7 +166,7 @@ def test_unknown_architecture_is_refused(tiny_model):
                 "max_model_len",
             )
         },
-        architectures=["MixtralForCausalLM"],
+        architectures=["DeepseekV3ForCausalLM"],
     )
     told = refused(
         SimpleNamespace(
@@ -161,7 +178,7 @@ def test_unknown_architecture_is_refused(tiny_model):
             scheduler_config=config.scheduler_config,
         )
     )
-    assert "MixtralForCausalLM" in told
+    assert "DeepseekV3ForCausalLM" in told
     assert "LlamaForCausalLM" in told
 
 

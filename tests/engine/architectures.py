@@ -14,6 +14,7 @@ SITES = (
     Site(layer=3, kind="mlp", units=tuple(range(0, 176, 11))),
     Site(layer=3, kind="attention", units=(0, 2)),
 )
+ATTENTION_SITES = tuple(Site(layer=layer, kind="attention", units=(0, 1 + layer % 3)) for layer in (1, 2, 3))
 WINDOW = 40
 """Shorter than most prompts, and no multiple of a block."""
 
@@ -26,11 +27,25 @@ _GEMMA: dict[str, Any] = {
     "sliding_window": WINDOW,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }
+_EXPERTS: dict[str, Any] = {**_PLAIN, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 SIZES: dict[str, dict[str, Any]] = {
     "gemma2": {**_PLAIN, **_GEMMA, "attn_logit_softcapping": 1.5},
     "gemma3_text": {**_PLAIN, **_GEMMA},
+    "glm4_moe": {
+        **_PLAIN,
+        "head_dim": 64,
+        # Two shared experts side by side are as wide as the one MLP of other models; the dense layer is not.
+        "moe_intermediate_size": 88,
+        "intermediate_size": 192,
+        "n_routed_experts": 4,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+    },
     "mistral": {**_PLAIN, "head_dim": 64, "sliding_window": WINDOW},
+    "mixtral": {**_PLAIN, "num_local_experts": 8, "num_experts_per_tok": 2},
     "olmo2": _PLAIN,
+    "olmoe": {**_PLAIN, "num_experts": 8, "num_experts_per_tok": 2},
     "phi3": {
         **_PLAIN,
         "sliding_window": WINDOW,
@@ -49,8 +64,18 @@ SIZES: dict[str, dict[str, Any]] = {
         },
     },
     "qwen2": _PLAIN,
+    "qwen2_moe": {**_EXPERTS, "intermediate_size": 192, "shared_expert_intermediate_size": 176},
+    "qwen3_moe": {**_EXPERTS, "head_dim": 64, "norm_topk_prob": True},
 }
+ROUTED = ("mixtral", "olmoe", "qwen3_moe")
+"""Mixtures of experts without a shared one."""
+SEEDS = {"glm4_moe": 94, "mixtral": 73, "olmoe": 77, "qwen2_moe": 82, "qwen3_moe": 43}
+"""Mixtures of experts whose routers decide every token of the tests' prompts by a margin above rounding."""
 WINDOWED = sorted(kind for kind, sizes in SIZES.items() if "sliding_window" in sizes)
+
+
+def sites(kind: str) -> tuple[Site, ...]:
+    return ATTENTION_SITES if kind in ROUTED else SITES
 
 
 def model_type(kind: str) -> str:
@@ -58,8 +83,9 @@ def model_type(kind: str) -> str:
 
 
 def make_model(directory: Path, kind: str, **sizes: Any) -> Path:
-    return random_model.make_model(directory, {**SIZES[kind], **sizes}, model_type(kind))
+    made = {**SIZES[kind], **sizes}
+    return random_model.make_model(directory, made, model_type(kind), seed=SEEDS.get(kind, 0))
 
 
-def make_bundle(directory: Path, model: Path) -> Bundle:
-    return random_model.make_bundle(directory, model, SITES, world.prompts(60, seed=1000))
+def make_bundle(directory: Path, model: Path, kind: str) -> Bundle:
+    return random_model.make_bundle(directory, model, sites(kind), world.prompts(60, seed=1000))
