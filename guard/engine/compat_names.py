@@ -172,18 +172,20 @@ MEMBERS: Final[dict[str, tuple[str, ...]]] = {
 }
 """Classes, each with the fields, attributes and methods of its objects that the guard reads or writes."""
 
+_MOVED: Final = "parts of the API server are looked for where 0.33 moved them, too"
+
 ADAPTED: Final[dict[str, str]] = {
-    f"{_V2}.prepare_inputs": "wrapped with whatever arguments it gets",
-    f"{_V2}.execute_model": "only its first parameter is passed",
-    f"{_PROCESSOR}.process_outputs": "all arguments but the first are handed through",
-    "vllm.config.compilation:PassConfig": "enable_sp is refused where there is one (to 0.31)",
-    "vllm.v1.outputs:ModelRunnerOutput": "prompt_token_id_logprobs_dict is cleared if there (not in 0.30)",
-    "vllm.entrypoints.launchers.cli_args:make_arg_parser": "looked for in both places (0.33)",
-    "vllm.entrypoints.launchers.cli_args:validate_parsed_serve_args": "looked for in both places (0.33)",
-    "vllm.entrypoints.common.cli_args:make_arg_parser": "as above",
-    "vllm.entrypoints.common.cli_args:validate_parsed_serve_args": "as above",
-    "vllm.entrypoints.serve.utils.api_utils:cli_env_setup": "looked for in both places (0.33)",
-    "vllm.entrypoints.common.startup:cli_env_setup": "as above",
-    "vllm.logger:configure_logging_from_args": "left out where there is none (0.30)",
+    f"{_V2}.prepare_inputs": "runner V2's `prepare_inputs` is wrapped with whatever arguments it gets",
+    f"{_V2}.execute_model": "runner V2's `execute_model` is called by vLLM's worker alone",
+    f"{_PROCESSOR}.process_outputs": "`process_outputs` gets all its arguments handed through",
+    "vllm.config.compilation:PassConfig": "`enable_sp` is refused where there is one (until 0.31)",
+    "vllm.v1.outputs:ModelRunnerOutput": "`prompt_token_id_logprobs_dict` is cleared from 0.31 on",
+    "vllm.entrypoints.launchers.cli_args:make_arg_parser": _MOVED,
+    "vllm.entrypoints.launchers.cli_args:validate_parsed_serve_args": _MOVED,
+    "vllm.entrypoints.common.cli_args:make_arg_parser": _MOVED,
+    "vllm.entrypoints.common.cli_args:validate_parsed_serve_args": _MOVED,
+    "vllm.entrypoints.serve.utils.api_utils:cli_env_setup": _MOVED,
+    "vllm.entrypoints.common.startup:cli_env_setup": _MOVED,
+    "vllm.logger:configure_logging_from_args": "logging follows the arguments from 0.31 on",
 }
 """What is not the same in all known versions, and how the guard copes."""
