@@ -73,10 +73,12 @@ def guard_config(
 
 def engine_arguments(options: argparse.Namespace, rest: list[str]) -> argparse.Namespace:
     """vLLM's own arguments with the guard's extension points set. Raises GuardStartupError."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = make_arg_parser(FlexibleArgumentParser(parents=[guard_arguments()], conflict_handler="resolve"))
+    server = compat.server_parts()
+    parser = server.make_arg_parser(
+        FlexibleArgumentParser(parents=[guard_arguments()], conflict_handler="resolve")
+    )
     args = parser.parse_args(["--bundle", options.bundle, *rest])
     for flag, default in (("worker_cls", "auto"), ("scheduler_cls", None)):
         if getattr(args, flag) not in (default, None):
@@ -98,7 +100,7 @@ def engine_arguments(options: argparse.Namespace, rest: list[str]) -> argparse.N
     args.scheduler_cls = SCHEDULER
     args.middleware = [*args.middleware, MIDDLEWARE]
     args.additional_config = {**(args.additional_config or {}), **guard_config(options, bundle, adapters).entry()}
-    validate_parsed_serve_args(args)
+    server.validate_parsed_serve_args(args)
     return args
 
 
@@ -127,16 +129,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _serve(args: argparse.Namespace) -> int:
     import uvloop
-    from vllm.entrypoints.launchers.api_server.entry import run_server
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
-    from vllm.logger import configure_logging_from_args
 
     from guard.engine.frontend import SELF_TEST_FAILED
 
-    cli_env_setup()
-    configure_logging_from_args(args)
+    server = compat.server_parts()
+    server.cli_env_setup()
+    server.configure_logging(args)
     try:
-        uvloop.run(run_server(args))
+        uvloop.run(server.run_server(args))
     except KeyboardInterrupt:
         return 0
     if SELF_TEST_FAILED.is_set():

@@ -187,8 +187,7 @@ def _silence(model_runner_output: Any, request_id: str) -> None:
     if model_runner_output.sampled_token_ids:
         model_runner_output.sampled_token_ids[index] = []
     # The base class asserts that a request without output has no prompt logprobs either.
-    model_runner_output.prompt_logprobs_dict.pop(request_id, None)
-    model_runner_output.prompt_token_id_logprobs_dict.pop(request_id, None)
+    compat.drop_prompt_logprobs(model_runner_output, request_id)
 
 
 def _carry(verdict: Verdict, params: dict[str, Any] | None) -> dict[str, Any]:

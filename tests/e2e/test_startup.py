@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from guard.bundle import Bundle
-from guard.engine import compat, launch
+from guard.engine import launch
 from guard.engine.config import AUDIENCE_ENV, KEY_FILE_ENV, GuardConfig, verify_served_model
 from guard.engine.errors import GuardStartupError
 from guard.scorer import Scorer
@@ -182,27 +182,28 @@ def test_unknown_architecture_is_refused(tiny_model):
     assert "LlamaForCausalLM" in told
 
 
-class TestCompat:
-    def test_installed_version_is_known(self):
-        assert compat.check().startswith("0.32.")
+def test_launcher_turns_an_unknown_vllm_away_in_one_sentence(monkeypatch, capsys):
+    import vllm
 
-    def test_unknown_version_is_refused_and_can_be_overridden(self, monkeypatch):
-        import vllm
+    monkeypatch.setattr(vllm, "__version__", "0.99.1")
+    monkeypatch.setenv(AUDIENCE_ENV, "")
+    assert launch.main(["--model", "/nowhere", "--bundle", "/nowhere"]) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert "NEURONGUARD_UNTESTED_VLLM=0.99.1" in line
 
-        monkeypatch.setattr(vllm, "__version__", "0.99.1")
-        with pytest.raises(GuardStartupError, match=r"NEURONGUARD_UNTESTED_VLLM=0\.99\.1"):
-            compat.check()
-        monkeypatch.setenv(compat.OVERRIDE_ENV, "0.99.1")
-        assert compat.check() == "0.99.1"
 
-    def test_changed_signature_is_refused_even_then(self, monkeypatch):
-        name = "vllm.v1.core.sched.scheduler:Scheduler.add_request"
-        monkeypatch.setitem(compat.SIGNATURES, name, ("self", "request", "new"))
-        monkeypatch.setitem(compat.FIELDS, "vllm.v1.outputs:ModelRunnerOutput", ("gone",))
-        with pytest.raises(GuardStartupError) as caught:
-            compat.check()
-        assert name in str(caught.value)
-        assert "no field gone" in str(caught.value)
+def test_scheduler_turns_an_unknown_vllm_away_however_it_was_started(
+    tiny_model, tiny_bundle_dir, monkeypatch
+):
+    import vllm
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from tests.e2e.inprocess import guarded
+
+    monkeypatch.setattr(vllm, "__version__", "0.99.1")
+    with pytest.raises(GuardStartupError, match=r"NEURONGUARD_UNTESTED_VLLM=0\.99\.1"):
+        guarded(tiny_model, tiny_bundle_dir)
+    cleanup_dist_env_and_memory()
 
 
 class TestModelBinding:
