@@ -220,6 +220,8 @@ class EngineStatus(_Wire):
     audience: str
     model: str
     """The served model name."""
+    adapters: tuple[str, ...] = ()
+    """Names of the LoRA adapters that are served beside it, each listed in the bundle."""
     max_model_len: int
     bundle: str
     """Digest of the bundle in force."""
@@ -230,6 +232,11 @@ class EngineStatus(_Wire):
     """What the engine applies to requests without a directive."""
     guard_version: str
     vllm_version: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name that a client may ask for."""
+        return (self.model, *self.adapters)
 
     @staticmethod
     def seal(body: bytes, keys: Keyring) -> str:

@@ -151,7 +151,7 @@ def _verify(call: Call, order: Order, answer: EngineAnswer) -> Verdict | None:
 
 def _count(call: Call, forward: Forward, verdict: Verdict | None, action: str) -> None:
     record, metrics = call.record, call.gateway.metrics
-    model = call.engine.status.model
+    model = record.model or call.engine.status.model
     said = (verdict.decision if verdict else None) or "none"
     record.mode, record.stream, record.verdict, record.action = (
         forward.decision.mode,
@@ -220,7 +220,7 @@ async def _upstream_error(call: Call, answer: EngineAnswer) -> ApiError:
         return bad_request(message or "The model's server refused the request.", param=param)
     if answer.status == 404 and "does not exist" in message:
         call.gateway.engine.look_again()
-        return unknown_model(call.engine.status.model)
+        return unknown_model(call.record.model or call.engine.status.model)
     if answer.status == 429:
         return ApiError(
             429,

@@ -53,7 +53,7 @@ class Call:
 
     def check_model(self, model: str) -> None:
         """Raises ApiError 404 unless the engine serves ``model``."""
-        if model != self.engine.status.model:
+        if model not in self.engine.status.names:
             raise unknown_model(model)
         self.record.model = model
 

@@ -99,7 +99,10 @@ def engine_arguments(options: argparse.Namespace, rest: list[str]) -> argparse.N
     args.worker_cls = WORKER
     args.scheduler_cls = SCHEDULER
     args.middleware = [*args.middleware, MIDDLEWARE]
-    args.additional_config = {**(args.additional_config or {}), **guard_config(options, bundle, adapters).entry()}
+    args.additional_config = {
+        **(args.additional_config or {}),
+        **guard_config(options, bundle, adapters).entry(),
+    }
     server.validate_parsed_serve_args(args)
     return args
 

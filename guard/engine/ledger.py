@@ -166,6 +166,4 @@ class Ledger:
 
 
 def _expected(adapter: AdapterCard) -> dict[str, Expected]:
-    return {
-        dtype: Expected(logits, adapter.tolerance[dtype]) for dtype, logits in adapter.self_test.items()
-    }
+    return {dtype: Expected(logits, adapter.tolerance[dtype]) for dtype, logits in adapter.self_test.items()}

@@ -38,6 +38,7 @@ class Readiness:
             detail="the self-test is running",
             audience=audience,
             model=name[0] if isinstance(name, list) else name,
+            adapters=tuple(sorted(config.adapters)),
             max_model_len=model.max_model_len,
             bundle=config.bundle_sha256,
             label=card.label,

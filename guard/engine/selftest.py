@@ -35,9 +35,7 @@ class SelfTestRun:
     def __init__(
         self, expected: SelfTest, dtype: str, adapters: Mapping[str, Mapping[str, Expected]] | None = None
     ) -> None:
-        base = {
-            name: Expected(logits, expected.tolerance[name]) for name, logits in expected.logits.items()
-        }
+        base = {name: Expected(logits, expected.tolerance[name]) for name, logits in expected.logits.items()}
         self._expected: dict[str | None, Expected] = {None: _of_dtype(base, dtype)}
         for name, scores in (adapters or {}).items():
             self._expected[name] = _of_dtype(scores, dtype, f" under the adapter {name}")

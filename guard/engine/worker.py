@@ -75,5 +75,6 @@ def is_replayed(vllm_config: Any) -> bool:
     """Whether the forward pass is compiled or recorded, so that no Python of ours runs in every step."""
     compilation = vllm_config.compilation_config
     return bool(
-        compilation.mode != CompilationMode.NONE or compilation.cudagraph_mode not in (None, CUDAGraphMode.NONE)
+        compilation.mode != CompilationMode.NONE
+        or compilation.cudagraph_mode not in (None, CUDAGraphMode.NONE)
     )

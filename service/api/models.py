@@ -15,25 +15,26 @@ _STARTED = int(time.time())
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> dict[str, Any]:
-    """List the served model."""
+    """List the served model and its adapters."""
     _, engine, _ = admit(request)
-    return {"object": "list", "data": [_card(engine.status)]}
+    return {"object": "list", "data": [_card(engine.status, name) for name in engine.status.names]}
 
 
 @router.get("/v1/models/{model_id:path}")
 async def retrieve_model(request: Request, model_id: str) -> dict[str, Any]:
-    """Describe the served model."""
+    """Describe the served model or an adapter."""
     _, engine, _ = admit(request)
-    if model_id != engine.status.model:
+    if model_id not in engine.status.names:
         raise unknown_model(model_id)
-    return _card(engine.status)
+    return _card(engine.status, model_id)
 
 
-def _card(status: EngineStatus) -> dict[str, Any]:
+def _card(status: EngineStatus, name: str) -> dict[str, Any]:
     return {
-        "id": status.model,
+        "id": name,
         "object": "model",
         "created": _STARTED,
         "owned_by": "neuronguard",
+        "parent": None if name == status.model else status.model,
         "max_model_len": status.max_model_len,
     }

@@ -45,7 +45,12 @@ class Answer:
 
 
 def guarded(
-    model: Path, bundle: Path, *, mode: str = "enforce", adapters: dict[str, str] | None = None, **options: Any
+    model: Path,
+    bundle: Path,
+    *,
+    mode: str = "enforce",
+    adapters: dict[str, str] | None = None,
+    **options: Any,
 ) -> Any:
     """A guarded ``LLM`` whose self-test has not been run yet; ``mode`` is its default policy's."""
     os.environ.update(SETTINGS)

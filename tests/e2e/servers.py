@@ -20,7 +20,7 @@ import yaml
 ENGINE_FLAGS = (
     *("--dtype", "float32", "--max-model-len", "512", "--block-size", "32"),
     *("--max-num-seqs", "32", "--max-num-batched-tokens", "256", "--num-gpu-blocks-override", "300"),
-    *("--uvicorn-log-level", "warning"),
+    *("--uvicorn-log-level", "warning", "--enforce-eager"),
 )
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -92,20 +92,29 @@ def wait_until(url: str, child: subprocess.Popen[bytes], log: Path, seconds: flo
     raise AssertionError(f"{url} is not ready (exit status {child.poll()}): {log.read_text()[-3000:]}")
 
 
-def engine_command(model: Path, bundle: Path, key_file: Path, name: str, port: int) -> list[str]:
+def engine_command(model: Path, bundle: Path, key_file: Path, name: str, port: int, *flags: str) -> list[str]:
     """The command line of a guarded vLLM server."""
     return [
         *(sys.executable, "-m", "guard.engine", "--model", str(model), "--bundle", str(bundle)),
         *("--key-file", str(key_file), "--served-model-name", name, "--host", "127.0.0.1"),
-        *("--port", str(port), *ENGINE_FLAGS),
+        *("--port", str(port), *ENGINE_FLAGS, *flags),
     ]
 
 
 @contextlib.contextmanager
-def engine(model: Path, bundle: Path, key_file: Path, name: str, log: Path) -> Iterator[str]:
+def engine(
+    model: Path,
+    bundle: Path,
+    key_file: Path,
+    name: str,
+    log: Path,
+    *flags: str,
+    environment: dict[str, str] | None = None,
+) -> Iterator[str]:
     """A guarded vLLM server; yields its URL when the self-test has passed."""
     port = free_port()
-    with process(engine_command(model, bundle, key_file, name, port), ENVIRONMENT, log) as child:
+    command = engine_command(model, bundle, key_file, name, port, *flags)
+    with process(command, {**ENVIRONMENT, **(environment or {})}, log) as child:
         wait_until(f"http://127.0.0.1:{port}/guard/status", child, log)
         yield f"http://127.0.0.1:{port}"
 

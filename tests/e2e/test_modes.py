@@ -91,7 +91,12 @@ class TestSpeculative:
         self, tmp_path, tiny_model, tiny_bundle, tiny_bundle_dir, repetitive, reference
     ):
         expected = tiny_bundle.logits(np.stack([reference.features(p) for p in repetitive]))
-        lookup = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+        lookup = {
+            "method": "ngram",
+            "num_speculative_tokens": 3,
+            "prompt_lookup_max": 3,
+            "prompt_lookup_min": 1,
+        }
         options = {"speculative_config": lookup}
         plain = child.run(tmp_path, tiny_model, repetitive, name="plain", options=options, max_tokens=40)
         result = child.run(
