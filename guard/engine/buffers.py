@@ -1,4 +1,4 @@
-"""Memory for what crosses between host and device in a step, without making either wait. Needs torch alone."""
+"""Memory for what crosses between host and device in a step, without making either wait. Only torch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The one operation of a tap: copy chosen elements of a layer's input into the guard's buffer.
 
-It is registered with torch as ``neuronguard::gather``, so that torch.compile keeps it as one opaque node and a
-CUDA graph replays it: it branches on shapes alone, never on data, and what it touches has fixed addresses.
+It is registered with torch as ``neuronguard::gather``, so that torch.compile keeps it as one opaque node
+and a CUDA graph replays it: it branches on shapes alone, never on data, and what it touches has fixed
+addresses.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ LIBRARY = Library("neuronguard", "FRAGMENT")
 
 
 def gather(x: Tensor, index: Tensor, out: Tensor, begin: int, end: int, width: int) -> None:
-    """``out[r, c] = x.flatten()[index[r, c]]`` for columns ``begin`` to ``end`` and as many rows as ``x`` has.
+    """``out[r, c] = x.flatten()[index[r, c]]`` for columns ``begin`` to ``end``, in as many rows as ``x`` has.
 
     ``x`` is ``[tokens, width]`` (or with further leading dimensions), ``index`` and ``out`` are
     ``[requests, features]``. No step can end more prompts than it has tokens, so rows beyond that are left

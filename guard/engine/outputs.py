@@ -1,8 +1,8 @@
 """Scores on their way from the device to the scheduler, without making the device wait.
 
-On an accelerator the copy to the host is queued behind the forward pass and waited for only where vLLM waits
-for the sampled tokens anyway: in ``sample_tokens``, or, with asynchronous scheduling, in the ``get_output`` of
-its ``AsyncModelRunnerOutput`` (vllm/v1/outputs.py), which another thread calls.
+On an accelerator the copy to the host is queued behind the forward pass and waited for only where vLLM
+waits for the sampled tokens anyway: in ``sample_tokens``, or, with asynchronous scheduling, in the
+``get_output`` of its ``AsyncModelRunnerOutput`` (vllm/v1/outputs.py), which another thread calls.
 """
 
 from __future__ import annotations

@@ -70,8 +70,8 @@ class Readiness:
         missing = sorted(self._served.keys() - self._adapters.keys())
         if missing:
             raise GuardStartupError(
-                f"the guard is to serve the LoRA adapters {', '.join(missing)}, but the server has not loaded "
-                "them; name them in --lora-modules"
+                f"the guard is to serve the LoRA adapters {', '.join(missing)}, which the server has not "
+                "loaded; name them in --lora-modules"
             )
         parts = product(self._ranks, (None, *sorted(self._served)), range(len(self._prompts)))
         passed = await asyncio.gather(*(self._send(*part) for part in parts))

@@ -1,8 +1,9 @@
 """The two model runners of vLLM: where each has laid out the batch of a step before its forward pass.
 
 V1 is vllm/v1/worker/gpu_model_runner.py (and the CPU's runner, which extends it), V2 is
-vllm/v1/worker/gpu/model_runner.py. Both order the batch as they like, so rows are computed from what they laid
-out, never from the scheduler's order. Dummy runs (profiling, capture, idle ranks) lay nothing out here.
+vllm/v1/worker/gpu/model_runner.py. Both order the batch as they like, so rows are computed from what they
+laid out, never from the scheduler's order. Dummy runs (profiling, capture, idle ranks) lay nothing out
+here.
 """
 
 from __future__ import annotations

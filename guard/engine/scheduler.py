@@ -12,7 +12,7 @@ out again (``guard.engine.frontend``). Cost for a step without a final prompt to
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from vllm.sampling_params import RequestOutputKind
@@ -41,7 +41,13 @@ REFUSED_STOP_REASON = "guard:refused"
 """``stop_reason`` for clients that talk to vLLM directly. Informative only: clients can forge it."""
 
 
-class GuardMixin:
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.scheduler import Scheduler as _Scheduler
+else:
+    _Scheduler = object  # whichever of vLLM's comes next
+
+
+class GuardMixin(_Scheduler):
     """A verdict between the sampled token and the client; stands in front of one of vLLM's schedulers."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -148,7 +148,7 @@ def refuse_too_few_slots(vllm_config: Any, adapters: int) -> None:
     lora = vllm_config.lora_config
     if lora is not None and current_platform.is_cpu() and lora.max_loras <= adapters:
         raise GuardStartupError(
-            f"on a CPU, {adapters} LoRA adapters need --max-loras {adapters + 1}, but it is {lora.max_loras}: "
+            f"on a CPU, {adapters} LoRA adapters need --max-loras {adapters + 1}, it is {lora.max_loras}: "
             "vLLM gives requests without an adapter the weights in the last slot, which has to stay empty"
         )
 

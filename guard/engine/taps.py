@@ -1,13 +1,13 @@
 """Taps: read the bundle's units out of the running forward pass, and score them.
 
 A tap is a forward pre-hook on a linear layer of the bundle's sites. All taps share two tensors that are
-allocated once: ``index``, which element of its layer's input each feature is, and ``features``, where they are
-copied to. Both are ``[requests, features]``. Once a step, if a prompt ends in it, ``index`` is filled for the
-rows in question (``stage``), the forward pass copies, and the probe turns ``features`` into logits (``score``).
-A tap never changes its layer's input, so a passed request is untouched.
+allocated once: ``index``, which element of its layer's input each feature is, and ``features``, where they
+are copied to. Both are ``[requests, features]``. Once a step, if a prompt ends in it, ``index`` is filled
+for the rows in question (``stage``), the forward pass copies, and the probe turns ``features`` into logits
+(``score``). A tap never changes its layer's input, so a passed request is untouched.
 
-With tensor parallelism a rank holds some columns of each input, reads those, and adds its share of the probe's
-first layer to the others' (vllm/model_executor/layers/linear.py, RowParallelLinear).
+With tensor parallelism a rank holds some columns of each input, reads those, and adds its share of the
+probe's first layer to the others' (vllm/model_executor/layers/linear.py, RowParallelLinear).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class LocalSite(NamedTuple):
 
 
 class Tap(nn.Module):
-    """One site's part of the shared tensors. Buffers, so that torch.compile treats them as it does weights."""
+    """One site's part of the shared tensors: buffers, which torch.compile treats as it does weights."""
 
     def __init__(self, index: Tensor, features: Tensor, begin: int, end: int, width: int) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
 """``worker_cls``: the platform's worker with taps. Scores ride to the scheduler on the step's own output.
 
-Order of one step (vllm/v1/worker/gpu_worker.py): ``execute_model`` has the runner lay the batch out, at which
-point the rows are staged (``guard.engine.runners``), and launches the forward pass, in which the taps read;
-``sample_tokens`` returns the step's output, to which the logits are attached. That output is a plain dataclass
-and keeps an extra attribute across the process boundary.
+Order of one step (vllm/v1/worker/gpu_worker.py): ``execute_model`` has the runner lay the batch out, at
+which point the rows are staged (``guard.engine.runners``), and launches the forward pass, in which the taps
+read; ``sample_tokens`` returns the step's output, to which the logits are attached. That output is a plain
+dataclass and keeps an extra attribute across the process boundary.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 from guard.adapters import Adapter
 from guard.bundle import Bundle
 from guard.capture import read_prompts
-from guard.checkpoint import Checkpoint
 from guard.cli import main
 from guard.engine import selftest
 from guard.engine.config import verify_adapters

@@ -1,7 +1,7 @@
-"""The same reading, verdicts and answers in every mode of the engine. Each engine is compared with plain vLLM.
+"""The same reading, verdicts and answers in every mode of the engine, compared with plain vLLM.
 
-Every test runs plain vLLM and the guarded engine in the same mode, each in a process of its own, on prompts that
-are read whole and in chunks (longer than 96 tokens), without and with cached prefixes, many in one batch.
+Every test runs plain vLLM and the guarded engine in the same mode, each in a process of its own, on prompts
+that are read whole and in chunks (longer than 96 tokens), without and with cached prefixes, many in a batch.
 """
 
 from __future__ import annotations
