@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
+import yaml
 
 from guard.commands import options
 
@@ -69,6 +70,44 @@ def verify(directory: Path, model: str, adapter: str | None) -> None:
         click.echo(f"{dtype}: largest difference {difference.found:.3g}, accepted {difference.accepted:.3g}")
     under = f" under {adapter}" if adapter else ""
     click.echo(f"{directory} belongs to {checkpoint.name}; its scores come out{under}")
+
+
+@bundle.command()
+@click.argument("directory", type=options.PATH)
+@click.option(
+    "--mode",
+    type=click.Choice(["enforce", "observe"]),
+    default="enforce",
+    show_default=True,
+    help="What happens to requests that carry no directive.",
+)
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME=DIR",
+    help="A listed LoRA adapter that the server loads; repeatable.",
+)
+def flags(directory: Path, mode: Literal["enforce", "observe"], adapters: tuple[str, ...]) -> None:
+    """Print, as YAML, the flags that guard a vLLM server which is not started by the guard's own launcher.
+
+    vLLM reads them with --config: neuronguard bundle flags BUNDLE > guard.yaml, then vllm serve MODEL
+    --config guard.yaml. NEURONGUARD_KEY_FILE names the keys shared with the gateway, and
+    NEURONGUARD_AUDIENCE should be another name at every start.
+    """
+    from guard.bundle import Bundle
+    from guard.engine.config import GuardConfig, verify_adapters
+    from guard.engine.errors import GuardStartupError
+
+    loaded = Bundle.load(directory)
+    served = {adapter.name: str(adapter.path.resolve()) for adapter in map(options.adapter, adapters)}
+    try:
+        verify_adapters(loaded, served)
+    except GuardStartupError as error:
+        raise click.ClickException(str(error)) from error
+    default = loaded.card.default_decision.model_copy(update={"mode": mode})
+    config = GuardConfig.for_bundle(str(directory), loaded, default, served)
+    click.echo(yaml.safe_dump(config.flags(), sort_keys=False, width=1000), nl=False)
 
 
 @bundle.command("adapter")

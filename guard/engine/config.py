@@ -7,6 +7,7 @@ environment, because vLLM prints ``additional_config``. The keys themselves are 
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +23,9 @@ from guard.sites import UnsupportedArchitectureError, shape_of
 from guard.verdict import Decision
 
 CONFIG_KEY = "neuronguard"
+WORKER = "guard.engine.worker.GuardWorker"
+SCHEDULER = "guard.engine.scheduler.guard_scheduler"
+MIDDLEWARE = "guard.engine.frontend.GuardMiddleware"
 EXTRA_ARG = "neuronguard_directive"
 """Where the API server leaves a sealed directive for the scheduler in ``SamplingParams.extra_args``."""
 KEY_FILE_ENV = "NEURONGUARD_KEY_FILE"
@@ -76,6 +80,15 @@ class GuardConfig(BaseModel):
     def entry(self) -> dict[str, Any]:
         """What goes into ``additional_config``."""
         return {CONFIG_KEY: self.model_dump(mode="json")}
+
+    def flags(self) -> dict[str, str]:
+        """What a launch of vLLM that is not the guard's own has to be given, by flag."""
+        return {
+            "worker-cls": WORKER,
+            "scheduler-cls": SCHEDULER,
+            "middleware": MIDDLEWARE,
+            "additional-config": json.dumps(self.entry()),
+        }
 
     def load_bundle(self) -> Bundle:
         """Load the bundle and check that it is the one meant. Raises GuardStartupError."""

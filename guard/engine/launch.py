@@ -11,7 +11,7 @@ import argparse
 import os
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,34 @@ from guard.engine import compat
 from guard.engine.config import (
     AUDIENCE_ENV,
     KEY_FILE_ENV,
+    MIDDLEWARE,
+    SCHEDULER,
+    WORKER,
     GuardConfig,
     keyring_from_env,
     verify_adapters,
     verify_served_model,
 )
 from guard.engine.errors import GuardStartupError
+from guard.engine.support import is_set
 from guard.verdict import Decision, Rule
 
-WORKER = "guard.engine.worker.GuardWorker"
-SCHEDULER = "guard.engine.scheduler.guard_scheduler"
-MIDDLEWARE = "guard.engine.frontend.GuardMiddleware"
+OTHER_SERVERS: tuple[tuple[str, Callable[[argparse.Namespace], bool]], ...] = (
+    ("--headless", lambda args: bool(args.headless)),
+    ("--grpc", lambda args: bool(getattr(args, "grpc", False))),
+    ("--grpc-port", lambda args: getattr(args, "grpc_port", None) is not None),
+    (
+        # A directive is accepted once; each server would remember only those that it has seen itself.
+        "--api-server-count above 1",
+        lambda args: getattr(args, "api_server_count", None) not in (None, 1),
+    ),
+    (
+        "--data-parallel-multi-port-external-lb",
+        lambda args: bool(getattr(args, "data_parallel_multi_port_external_lb", False)),
+    ),
+    ("VLLM_USE_RUST_FRONTEND", lambda _: is_set("VLLM_USE_RUST_FRONTEND")),
+)
+"""Servers that vLLM can start in place of, or beside, the one that the guard's middleware runs in."""
 
 
 def environment() -> None:
@@ -83,6 +100,11 @@ def engine_arguments(options: argparse.Namespace, rest: list[str]) -> argparse.N
     for flag, default in (("worker_cls", "auto"), ("scheduler_cls", None)):
         if getattr(args, flag) not in (default, None):
             raise GuardStartupError(f"--{flag.replace('_', '-')} is the guard's own; remove it")
+    others = [name for name, asked_for in OTHER_SERVERS if asked_for(args)]
+    if others:
+        raise GuardStartupError(
+            f"the guard answers from one API server of its own; leave out {', '.join(others)}"
+        )
     try:
         bundle = Bundle.load(options.bundle)
     except BundleError as error:

@@ -16,7 +16,7 @@ LIBRARY = Library("neuronguard", "FRAGMENT")
 
 
 def gather(x: Tensor, index: Tensor, out: Tensor, begin: int, end: int, width: int) -> None:
-    """``out[r, c] = x.flatten()[index[r, c]]`` for columns ``begin`` to ``end``, in as many rows as ``x`` has.
+    """``out[r, c] = x.flatten()[index[r, c]]`` for columns ``begin`` to ``end``, in the rows ``x`` can fill.
 
     ``x`` is ``[tokens, width]`` (or with further leading dimensions), ``index`` and ``out`` are
     ``[requests, features]``. No step can end more prompts than it has tokens, so rows beyond that are left

@@ -94,7 +94,7 @@ REFUSED: tuple[tuple[str, Check], ...] = (
     ),
     (
         "adapters that are loaded while serving (VLLM_ALLOW_RUNTIME_LORA_UPDATING)",
-        lambda c: _is_set("VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
+        lambda c: is_set("VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
     ),
     (
         "vLLM's other implementation of this model; leave out --model-impl",
@@ -122,7 +122,7 @@ REFUSED: tuple[tuple[str, Check], ...] = (
     ),
     (
         "vLLM's development mode, whose routes replace weights (VLLM_SERVER_DEV_MODE)",
-        lambda c: _is_set("VLLM_SERVER_DEV_MODE"),
+        lambda c: is_set("VLLM_SERVER_DEV_MODE"),
     ),
 )
 
@@ -184,5 +184,6 @@ def _original_context(vllm_config: Any) -> int:
     return int(rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)
 
 
-def _is_set(variable: str) -> bool:
+def is_set(variable: str) -> bool:
+    """Whether an environment variable is there and not a way of saying no."""
     return os.environ.get(variable, "0").lower() not in ("", "0", "false")
