@@ -38,24 +38,45 @@ def refused(config):
     return str(caught.value)
 
 
-def test_supported_configuration_is_not_refused(tiny_model):
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"enforce_eager": False},
+        {"enable_lora": True, "max_loras": 2},
+        {"tensor_parallel_size": 2},
+        {"speculative_config": NGRAM},
+    ],
+    ids=lambda options: next(iter(options), "plain"),
+)
+def test_supported_configuration_is_not_refused(tiny_model, options):
     from guard.engine.support import refuse_unsupported
 
-    refuse_unsupported(configuration(tiny_model))
+    refuse_unsupported(configuration(tiny_model, **options))
+
+
+def test_modes_that_no_cpu_configuration_can_have_are_not_refused(tiny_model):
+    from guard.engine.support import refuse_unsupported
+
+    config = configuration(tiny_model)
+    config.scheduler_config.async_scheduling = True
+    config.use_v2_model_runner = True  # over a cached_property
+    config.parallel_config.data_parallel_size = config.parallel_config.data_parallel_size_local = 2
+    refuse_unsupported(config)
 
 
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"enforce_eager": False}, "--enforce-eager"),
-        ({"enable_lora": True}, "--enable-lora"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
-        ({"tensor_parallel_size": 2}, "--tensor-parallel-size"),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
-        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
-         "--speculative-config"),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
          "--kv-transfer-config"),
+        ({"compilation_config": {"pass_config": {"enable_sp": True}}, "tensor_parallel_size": 2,
+          "enforce_eager": False}, "enable_sp"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
@@ -63,10 +84,10 @@ def test_unsupported_option_is_refused_by_name(tiny_model, options, name):
     assert name in refused(configuration(tiny_model, **options))
 
 
-def test_options_that_no_cpu_configuration_can_have_are_refused_too(tiny_model):
-    config = configuration(tiny_model)
-    config.scheduler_config.async_scheduling = True
-    assert "--no-async-scheduling" in refused(config)
+def test_other_speculation_is_refused(tiny_model):
+    config = configuration(tiny_model, speculative_config=NGRAM)
+    config.speculative_config.method = "eagle"
+    assert "--speculative-config" in refused(config)
 
 
 @pytest.mark.parametrize("kind", sorted(architectures.SIZES))
@@ -121,7 +142,15 @@ def test_the_other_implementation_of_a_model_is_refused(tiny_model):
 @pytest.mark.parametrize(
     ("part", "name", "value", "sentence"),
     [
-        ("parallel_config", "data_parallel_size", 2, "--data-parallel-size"),
+        ("parallel_config", "data_parallel_size", 2, "--data-parallel-size-local"),
+        ("parallel_config", "data_parallel_external_lb", True, "--data-parallel-external-lb"),
+        ("parallel_config", "data_parallel_hybrid_lb", True, "--data-parallel-hybrid-lb"),
+        ("parallel_config", "distributed_executor_backend", "ray", "--distributed-executor-backend"),
+        ("parallel_config", "enable_expert_parallel", True, "--enable-expert-parallel"),
+        ("parallel_config", "nnodes", 2, "--nnodes"),
+        ("cache_config", "kv_sharing_fast_prefill", True, "--kv-sharing-fast-prefill"),
+        ("model_config", "enable_sleep_mode", True, "--enable-sleep-mode"),
+        (None, "weight_transfer_config", object(), "--weight-transfer-config"),
         ("parallel_config", "decode_context_parallel_size", 2, "--decode-context-parallel-size"),
         ("parallel_config", "_api_process_count", 2, "--api-server-count"),
         ("parallel_config", "use_ubatching", True, "--enable-dbo"),
@@ -129,7 +158,6 @@ def test_the_other_implementation_of_a_model_is_refused(tiny_model):
         ("model_config", "runner_type", "pooling", "--runner pooling"),
         ("model_config", "is_multimodal_model", True, "multi-modal"),
         ("model_config", "is_encoder_decoder", True, "encoder-decoder"),
-        (None, "use_v2_model_runner", True, "VLLM_USE_V2_MODEL_RUNNER=0"),
     ],
 )
 def test_configuration_with_one_field_changed_is_refused(
@@ -144,9 +172,11 @@ def test_configuration_with_one_field_changed_is_refused(
     assert sentence in refused(config)
 
 
-def test_development_mode_is_refused(tiny_model, monkeypatch):
-    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
-    assert "VLLM_SERVER_DEV_MODE" in refused(configuration(tiny_model))
+@pytest.mark.parametrize("variable", ["VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"])
+def test_modes_that_are_switched_on_by_the_environment_are_refused(tiny_model, monkeypatch, variable):
+    config = configuration(tiny_model)
+    monkeypatch.setenv(variable, "1")
+    assert variable in refused(config)
 
 
 def test_unknown_architecture_is_refused(tiny_model):
@@ -239,6 +269,9 @@ class TestModelBinding:
         (["--key-file", "/nowhere"], "cannot read the key file"),
         (["--guard-fpr", "0.5"], "there are: 0.01, 0.001"),
         (["--worker-cls", "some.Worker"], "the guard's own"),
+        (["--api-server-count", "2"], "leave out --api-server-count above 1"),
+        (["--grpc", None], "leave out --grpc"),
+        (["--lora-modules", "stranger=/nowhere"], "not listed in the bundle"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -249,7 +282,7 @@ def test_launcher_ends_in_one_sentence(
         monkeypatch.setenv(name, "")
     options = {"--model": str(tiny_model), "--bundle": str(tiny_bundle_dir), "--key-file": str(key_file)}
     options.update([change])
-    assert launch.main([part for item in options.items() for part in item]) == 2
+    assert launch.main([part for item in options.items() for part in item if part]) == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     assert sentence in line
 
