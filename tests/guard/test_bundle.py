@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from safetensors.numpy import save_file
 
-from guard.bundle import Bundle, BundleError, Calibration, GuardCard
+from guard.bundle import AdapterCard, Bundle, BundleError, Calibration, GuardCard
 from guard.scorer import Scorer
 from tests.guard import worlds
 
@@ -127,6 +127,18 @@ def spoiled(change: str) -> dict[str, Any]:
             card["self_test"]["tolerance"] = {}
         case "impossible probability":
             card["thresholds"][0]["probability"] = 1.5
+        case "adapter twice":
+            card["adapters"] = [worlds.ADAPTER, worlds.ADAPTER]
+        case "adapter with other prompts":
+            card["adapters"] = [worlds.ADAPTER | {"self_test": {"float32": [1.0, 2.0]}}]
+        case "adapter without tolerance":
+            card["adapters"] = [worlds.ADAPTER | {"tolerance": {}}]
+        case "adapter without a name":
+            card["adapters"] = [worlds.ADAPTER | {"name": ""}]
+        case "adapter without a digest":
+            card["adapters"] = [worlds.ADAPTER | {"sha256": "latest"}]
+        case "unknown probe":
+            card["probe"] = "forest"
         case "not a number":
             card["calibration"]["offset"] = math.nan
     return card
@@ -135,7 +147,9 @@ def spoiled(change: str) -> dict[str, Any]:
 SPOILED = """unknown key, unknown key inside, other schema, descending units, repeated units, no sites,
 layer too high, neuron too high, head too high, site twice, default without a threshold, no tail,
 falling calibration,
-self-test of another length, self-test without tolerance, impossible probability, not a number"""
+self-test of another length, self-test without tolerance, impossible probability, adapter twice,
+adapter with other prompts, adapter without tolerance, adapter without a name, adapter without a digest,
+unknown probe, not a number"""
 
 
 @pytest.mark.parametrize("change", [name.strip() for name in SPOILED.split(",")])
@@ -226,3 +240,19 @@ def test_a_bundle_made_before_hidden_layers_and_adapters_keeps_its_digest() -> N
     loaded = Bundle.load(shipped)
     assert loaded.digest == "591c1995e3b096ad56873f896d3c23bef5753c2d569438307e7fc30702be5fc6"
     assert loaded.card.adapters == ()
+
+
+def test_a_listed_adapter_is_kept_and_is_part_of_the_digest(tmp_path: Path) -> None:
+    bundle = worlds.bundle()
+    listed = bundle.with_adapter(AdapterCard.model_validate(worlds.ADAPTER))
+    loaded = Bundle.load(listed.save(tmp_path / "b"))
+    assert loaded.card.adapters == (AdapterCard.model_validate(worlds.ADAPTER),)
+    assert loaded.digest == listed.digest != bundle.digest
+    changed = worlds.ADAPTER | {"sha256": "4" * 64}
+    assert bundle.with_adapter(AdapterCard.model_validate(changed)).digest != listed.digest
+    with pytest.raises(BundleError, match="lists an adapter 'tuned' already"):
+        listed.with_adapter(AdapterCard.model_validate(changed))
+
+
+def test_a_bundle_without_adapters_says_nothing_about_them(tmp_path: Path) -> None:
+    assert "adapters" not in json.loads((worlds.bundle().save(tmp_path / "b") / "guard.json").read_text())

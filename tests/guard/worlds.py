@@ -195,6 +195,16 @@ def card(**changes: Any) -> dict[str, Any]:
     return {**document, **changes}
 
 
+ADAPTER: dict[str, Any] = {
+    "name": "tuned",
+    "sha256": "3" * 64,
+    "rank": 4,
+    "self_test": {"float32": [0.75]},
+    "tolerance": {"float32": 0.001},
+}
+"""How :func:`card` may list an adapter."""
+
+
 def bundle(**changes: Any) -> Bundle:
     """A bundle for :func:`card`: ten features, two neurons and one head of eight columns."""
     made = GuardCard.model_validate(card(**changes))
