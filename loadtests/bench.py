@@ -61,12 +61,13 @@ def large_model(directory: Path, seed: int) -> tuple[Path, Path, Path]:
     bundle = random_model.make_bundle(directory / "bundle", model, sites, prompts)
     return (
         model,
-        _with_threshold(bundle, directory / "pass", 1.0),
-        _with_threshold(bundle, directory / "refuse", 0.0),
+        with_threshold(bundle, directory / "pass", 1.0),
+        with_threshold(bundle, directory / "refuse", 0.0),
     )
 
 
-def _with_threshold(bundle: Bundle, directory: Path, probability: float) -> Path:
+def with_threshold(bundle: Bundle, directory: Path, probability: float) -> Path:
+    """Save the bundle with another threshold, the same for all false-positive rates."""
     thresholds = tuple(t.model_copy(update={"probability": probability}) for t in bundle.card.thresholds)
     card = bundle.card.model_copy(update={"thresholds": thresholds})
     return Bundle(card, bundle.scorer).save(directory)
@@ -163,8 +164,8 @@ def main(pairs: int, lab: str, lab_bundle: Path, out: Path) -> None:
         results["models"][name] = compare(model, passing, refusing, 256, pairs, out)
         bundle = Bundle.load(lab_bundle)
         name = f"{bundle.card.model.name}, {bundle.card.features} neurons"
-        passing = _with_threshold(bundle, Path(folder) / "lab-pass", 1.0)
-        refusing = _with_threshold(bundle, Path(folder) / "lab-refuse", 0.0)
+        passing = with_threshold(bundle, Path(folder) / "lab-pass", 1.0)
+        refusing = with_threshold(bundle, Path(folder) / "lab-refuse", 0.0)
         results["models"][name] = compare(resolve(lab)[0], passing, refusing, 4000, pairs, out)
     results["seconds"] = time.time() - started
     (out / "bench.json").write_text(json.dumps(results, indent=1) + "\n")

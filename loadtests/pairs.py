@@ -15,11 +15,13 @@ from scipy.stats import bootstrap
 class Child:
     """A child process of ``loadtests.child``."""
 
+    module = "loadtests.child"
+
     def __init__(self, model: Path, bundle: Path | None, engine: dict[str, Any], log: Path) -> None:
         job = {"model": str(model), "bundle": bundle and str(bundle), "engine": engine}
         self._log = log.open("w")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "loadtests.child", json.dumps(job)],
+            [sys.executable, "-m", self.module, json.dumps(job)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -33,9 +35,9 @@ class Child:
             raise SystemExit(f"an engine of the benchmark ended; see {self._log.name}")
         return json.loads(line)
 
-    def wait_ready(self) -> None:
-        """Return when the engine is up."""
-        self._answer()
+    def wait_ready(self) -> dict[str, float]:
+        """Return when the engine is up, with what it says of itself."""
+        return self._answer()
 
     def run(self, prompts: list[list[int]], max_tokens: int) -> dict[str, float]:
         """Run one batch and return its timings."""
