@@ -17,7 +17,7 @@ from guard.engine.errors import GuardStartupError
 from guard.engine.quantisation import refuse_fused
 from loadtests.random_model import Reference, make_model
 from tests.e2e.inprocess import ENGINE, ask, guarded, sampling, scheduler, shut_down
-from tests.engine import quantised, world
+from tests.engine import architectures, quantised, world
 
 AGREEMENT = {"float16": 0.05, "bfloat16": 0.4}
 """Largest |difference| of scores that spread over some three; bfloat16 is eight times as coarse."""
@@ -139,6 +139,12 @@ def test_float32_on_four_bit_weights_is_refused(made):
 def test_adapters_on_a_quantised_checkpoint_are_refused(made):
     told = refused(configuration(made[0].quantised, enable_lora=True))
     assert "LoRA adapters on a quantised checkpoint" in told
+
+
+def test_quantised_mixture_is_refused(tmp_path):
+    mixture = architectures.make_model(tmp_path / "model", "mixtral")
+    told = refused(configuration(quantised.declare(mixture, quantised.config("w4a16"))))
+    assert "quantised mixtures of experts" in told
 
 
 class Layers(nn.Module):
