@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from guard.adapters import Adapter
 from guard.bundle import ModelCard
 from guard.digest import tokenizer_digest, weights_digest
 from guard.merge import merge
+from guard.quantisation import quantisation_of, refuse_unshown
 from guard.sites import ModelShape, UnsupportedArchitectureError, shape_of
 
 DTYPES: dict[str, torch.dtype] = {
@@ -50,6 +52,7 @@ class Checkpoint:
         try:
             config = AutoConfig.from_pretrained(root, local_files_only=True)
             shape = shape_of(config)
+            refuse_unshown(config)
             weights, tokenizer = weights_digest(root), tokenizer_digest(root)
         except (OSError, ValueError, UnsupportedArchitectureError) as error:
             raise CheckpointError(f"cannot use {root}: {error}") from error
@@ -76,6 +79,14 @@ class Checkpoint:
         if getattr(config, "attn_logit_softcapping", None) is not None:
             # transformers' default attention leaves soft-capping out without a word; vLLM does not.
             config._attn_implementation = "eager"
+        if quantisation := quantisation_of(config):
+            if find_spec("compressed_tensors") is None:
+                raise CheckpointError(
+                    f"{self.path} is quantised; reading it needs the package compressed-tensors, which vLLM "
+                    "brings along: install neuronguard[cpu] or neuronguard[cuda]"
+                )
+            # Expanded while loading; left alone, they are only when the whole model is called.
+            config.quantization_config = {**quantisation, "dequantize": True}
         model = AutoModelForCausalLM.from_pretrained(
             self.path, config=config, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True
         )

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from guard.engine import quantisation
 from guard.engine.errors import GuardStartupError
 from guard.sites import MODULES
 
@@ -79,7 +80,6 @@ REFUSED: tuple[tuple[str, Check], ...] = (
         "fast prefill by KV sharing (--kv-sharing-fast-prefill)",
         lambda c: bool(c.cache_config.kv_sharing_fast_prefill),
     ),
-    ("quantised checkpoints (--quantization)", lambda c: c.model_config.quantization is not None),
     ("prompt embeddings (--enable-prompt-embeds)", lambda c: c.model_config.enable_prompt_embeds),
     ("pooling models (--runner pooling)", lambda c: c.model_config.runner_type != "generate"),
     ("multi-modal models", lambda c: c.model_config.is_multimodal_model),
@@ -130,6 +130,7 @@ REFUSED: tuple[tuple[str, Check], ...] = (
 def refuse_unsupported(vllm_config: Any) -> None:
     """Raise GuardStartupError with everything in ``vllm_config`` that the guard does not support."""
     found = [name for name, refused in REFUSED if refused(vllm_config)]
+    found += quantisation.unsupported(vllm_config)
     architectures = list(vllm_config.model_config.architectures)
     if not set(architectures) <= MODULES.keys():
         found.append(f"the architecture {', '.join(architectures)} (supported: {', '.join(sorted(MODULES))})")
