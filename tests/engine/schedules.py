@@ -1,0 +1,114 @@
+"""What happens to a simulated engine: who asks for what, when, and what interferes. Needs no vLLM."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from typing import Literal
+
+from hypothesis import strategies as st
+
+from guard.verdict import Action, Decision, Rule
+
+Order = Literal["none", "enforce", "observe", "check", "open", "forged"]
+"""The directive that a request carries."""
+Score = Literal["low", "high", "nan", "missing"]
+LOGIT = 20.0
+"""Far from every threshold."""
+LONGEST = 300
+DECISIONS: dict[Order, Decision] = {
+    "enforce": Decision(policy="p", mode="enforce", rules=(Rule(above=0.5, action="refuse"),)),
+    "observe": Decision(policy="p", mode="observe", rules=(Rule(above=0.5, action="refuse"),)),
+    "check": Decision(policy="p", mode="check", rules=(Rule(above=0.5, action="refuse"),)),
+    "open": Decision(policy="p", mode="enforce", rules=()),
+}
+_SHARED = [random.Random(7).randrange(256) for _ in range(LONGEST)]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request."""
+
+    length: int = 20
+    """Prompt tokens."""
+    shared: int = 0
+    """How many of them, at most, begin the prompts of others, too."""
+    order: Order = "none"
+    score: Score = "low"
+    max_tokens: int = 8
+    arrives: int = 0
+    """Step before which it is added."""
+    leaves: int | None = None
+    """Step in which its client goes away."""
+    leaves_late: bool = False
+    """Whether that is while the step's output is awaited, or before the next step is scheduled."""
+    priority: int = 0
+    stream: bool = False
+    logprobs: int | None = None
+    """How many alternatives it wants beside each token, of its prompt and of its answer."""
+    early: bool = False
+    """Whether it comes before the self-test."""
+
+    def prompt(self, number: int) -> list[int]:
+        own = random.Random(number)
+        shared = _SHARED[: min(self.shared, self.length)]
+        return shared + [own.randrange(256) for _ in range(self.length - len(shared))]
+
+    def logit(self, number: int) -> float | None:
+        """A score of its own, so that a verdict shows whose it is."""
+        own = LOGIT + number / 4
+        return {"low": -own, "high": own, "nan": math.nan, "missing": None}[self.score]
+
+    @property
+    def action(self) -> Action:
+        """The verdict that it must get."""
+        if self.early or self.order == "forged" or self.score in ("nan", "missing"):
+            return "error"
+        if self.order == "check":
+            return "checked"
+        return "refuse" if self.score == "high" and self.order in ("none", "enforce") else "pass"
+
+    def answer(self, number: int) -> list[int]:
+        """The tokens that the model gives when it runs alone."""
+        return [token(number, position) for position in range(self.length, self.length + self.max_tokens)]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Requests in the order in which they are added, and steps at which all running ones are preempted."""
+
+    asked: tuple[Asked, ...]
+    resets: tuple[tuple[int, bool], ...] = ()
+    """Steps, and whether while the step's output is awaited."""
+    seed: int = 0
+    """Of the drafts that are accepted."""
+
+
+def token(number: int, position: int) -> int:
+    """The token of request ``number`` at ``position``: no two are alike, and none is a prompt's or the end."""
+    return 1000 * (number + 1) + position
+
+
+STEPS = st.integers(0, 40)
+ASKED = st.builds(
+    Asked,
+    length=st.one_of(st.integers(1, LONGEST), st.sampled_from((1, 15, 16, 17, 33, 48, 64, 65, 128, LONGEST))),
+    shared=st.sampled_from((0, 0, 40, LONGEST)),
+    order=st.sampled_from(("none", "none", "enforce", "observe", "check", "open", "forged")),
+    score=st.sampled_from(("low", "low", "low", "high", "high", "nan", "missing")),
+    max_tokens=st.integers(1, 40),
+    arrives=st.one_of(st.just(0), STEPS),
+    leaves=st.one_of(st.none(), STEPS),
+    leaves_late=st.booleans(),
+    priority=st.integers(0, 2),
+    stream=st.booleans(),
+    logprobs=st.sampled_from((None, None, 0, 3)),
+    early=st.sampled_from((False,) * 9 + (True,)),
+)
+SCHEDULES = st.builds(
+    Schedule,
+    asked=st.lists(ASKED, min_size=3, max_size=14).map(tuple),
+    resets=st.lists(st.tuples(STEPS, st.booleans()), max_size=3).map(tuple),
+    seed=st.integers(0, 99),
+)

@@ -1,0 +1,336 @@
+"""vLLM's schedulers with the guard in front, driven as vLLM's engine core drives them, without a model.
+
+Schedulers, requests, block pool and their bookkeeping are vLLM's. One class stands in for worker and model
+(``Runner``), one for the loop of vllm/v1/engine/core.py (``Engine``): its ``step`` with a queue of one step,
+its ``step_with_batch_queue`` with two.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import Counter, defaultdict, deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import RequestOutputKind
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, DraftTokenIds, LogprobsTensors, ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+from guard.bundle import Bundle
+from guard.engine.config import AUDIENCE_ENV, CONFIG_KEY, EXTRA_ARG, KEY_FILE_ENV, GuardConfig
+from guard.engine.ledger import STOPPING
+from guard.engine.outputs import LOGITS_ATTRIBUTE
+from guard.engine.scheduler import guard_scheduler
+from guard.sealed import Keyring
+from guard.verdict import Directive, Verdict
+from tests.engine.schedules import DECISIONS, Asked, Schedule, token
+
+BLOCK = 16
+BLOCKS = 23
+"""Of which one is never given out. The longest request fits, two of them do not."""
+CHUNK = 64
+END = 256
+DRAFTS = 3
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way to run vLLM."""
+
+    queue: int = 1
+    """Steps under way at once; more than one is asynchronous scheduling."""
+    policy: str = "fcfs"
+    v2: bool = False
+    """Whether the scheduler works for vLLM's second model runner."""
+    drafts: bool = False
+    """Whether decoding is speculative."""
+    crowded: bool = False
+    """Whether a prompt is begun before there is room for all of it: requests preempt each other more."""
+
+
+class World:
+    """The model, its bundle, keys, and vLLM's configuration."""
+
+    def __init__(self, model: Path, bundle: Path, keys: Path, monkeypatch: Any) -> None:
+        self.monkeypatch = monkeypatch
+        self.bundle = Bundle.load(bundle)
+        self.keys = Keyring.generate()
+        self.keys.save(keys)
+        monkeypatch.setenv(KEY_FILE_ENV, str(keys))
+        monkeypatch.setenv(AUDIENCE_ENV, "simulated")
+        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        options = {
+            "model": str(model),
+            "dtype": "float32",
+            "max_model_len": 384,
+            "max_num_batched_tokens": CHUNK,
+            "max_num_seqs": 6,
+            "block_size": BLOCK,
+            "enforce_eager": True,
+            "additional_config": GuardConfig.for_bundle(str(bundle), self.bundle).entry(),
+        }
+        speculation = {"method": "ngram", "num_speculative_tokens": DRAFTS}
+        self._plain = EngineArgs(**options).create_engine_config()
+        self._drafting = EngineArgs(**options, speculative_config=speculation).create_engine_config()
+        algorithm = get_hash_fn_by_name("sha256")
+        init_none_hash(algorithm)
+        self._hasher = get_request_block_hasher(BLOCK, algorithm)
+
+    def scheduler(self, mode: Mode) -> Any:
+        config = copy.copy(self._drafting if mode.drafts else self._plain)
+        config.scheduler_config = copy.copy(config.scheduler_config)
+        config.scheduler_config.async_scheduling = mode.queue > 1  # vLLM's CPU platform never does
+        config.scheduler_config.policy = mode.policy
+        config.scheduler_config.scheduler_reserve_full_isl = not mode.crowded
+        config.cache_config.num_gpu_blocks = BLOCKS
+        self.monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(mode.v2)))
+        layer = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32)
+        return guard_scheduler(
+            vllm_config=config,
+            kv_cache_config=KVCacheConfig(
+                num_blocks=BLOCKS, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], layer)]
+            ),
+            structured_output_manager=StructuredOutputManager(config),
+            block_size=BLOCK,
+            hash_block_size=BLOCK,
+            log_stats=True,
+        )
+
+    def request(self, name: str, prompt: list[int], asked: Asked, number: int = 0) -> Request:
+        sealed = "forged"
+        if (decision := DECISIONS.get(asked.order)) is not None:
+            sealed = Directive.issue(decision, audience="simulated", body=b"").seal(self.keys)
+        params = SamplingParams(
+            max_tokens=asked.max_tokens,
+            logprobs=asked.logprobs,
+            prompt_logprobs=asked.logprobs,
+            output_kind=RequestOutputKind.DELTA if asked.stream else RequestOutputKind.FINAL_ONLY,
+            extra_args=None if asked.order == "none" else {EXTRA_ARG: sealed},
+        )
+        params.update_from_generation_config({}, eos_token_id=END)
+        return Request(
+            name,
+            prompt,
+            params,
+            None,
+            arrival_time=float(number),
+            priority=asked.priority,
+            block_hasher=self._hasher,
+        )
+
+
+@dataclass
+class Step:
+    """A step that was launched."""
+
+    scheduled: Any
+    output: ModelRunnerOutput
+    ends: set[str]
+    """Requests whose prompt ends in it."""
+
+
+class Runner:
+    """Stands in for worker and model: it counts tokens, and names each by request and position."""
+
+    def __init__(self, drafts: random.Random) -> None:
+        self.numbers: dict[str, int] = {}
+        self.logits: dict[str, float | None] = {}
+        self.wants_logprobs: set[str] = set()
+        self._prompt: dict[str, int] = {}
+        self._known: dict[str, int] = {}
+        self._random = drafts
+
+    def run(self, scheduled: Any) -> Step:
+        if not scheduled.num_scheduled_tokens:
+            return Step(scheduled, EMPTY_MODEL_RUNNER_OUTPUT, set())
+        computed = {}
+        for new in scheduled.scheduled_new_reqs:
+            self._prompt[new.req_id] = len(new.prompt_token_ids)
+            self._known[new.req_id] = len(new.prefill_token_ids or new.prompt_token_ids)
+            computed[new.req_id] = new.num_computed_tokens
+        cached = scheduled.scheduled_cached_reqs
+        for rid, count, outputs in zip(
+            cached.req_ids, cached.num_computed_tokens, cached.num_output_tokens, strict=True
+        ):
+            computed[rid] = count
+            if rid in cached.resumed_req_ids:
+                self._known[rid] = self._prompt[rid] + outputs
+        # The order of a batch is the runner's own.
+        names = sorted(scheduled.num_scheduled_tokens, reverse=True)
+        tokens = [self._sample(scheduled, rid, computed[rid]) for rid in names]
+        ends = {
+            rid
+            for rid in names
+            if computed[rid] < self._prompt[rid] <= computed[rid] + scheduled.num_scheduled_tokens[rid]
+        }
+        output = ModelRunnerOutput(
+            req_ids=names,
+            req_id_to_index={rid: row for row, rid in enumerate(names)},
+            sampled_token_ids=tokens,
+        )
+        for rid, sampled in zip(names, tokens, strict=True):
+            if rid in self.wants_logprobs and sampled and rid in ends:
+                output.prompt_logprobs_dict[rid] = LogprobsTensors.empty_cpu(1, 1)
+        logits = {rid: logit for rid in sorted(ends) if (logit := self.logits[rid]) is not None}
+        if logits:
+            setattr(output, LOGITS_ATTRIBUTE, logits)
+        return Step(scheduled, output, ends)
+
+    def _sample(self, scheduled: Any, rid: str, computed: int) -> list[int]:
+        drafts = scheduled.scheduled_spec_decode_tokens.get(rid, [])
+        end = computed + scheduled.num_scheduled_tokens[rid] - len(drafts)
+        assert end <= self._known[rid], "the scheduler counts a token that nobody sampled"
+        if end < self._known[rid]:
+            return []
+        accepted = self._random.randint(0, len(drafts)) if drafts and -1 not in drafts else 0
+        self._known[rid] = end + accepted + 1
+        return [token(self.numbers[rid], position) for position in range(end, end + accepted + 1)]
+
+    def propose(self, scheduled: Any) -> DraftTokenIds:
+        names = list(scheduled.num_scheduled_tokens)
+        return DraftTokenIds(names, [[5] * self._random.randint(0, DRAFTS) for _ in names])
+
+
+@dataclass
+class Answer:
+    """What the client of one request was sent."""
+
+    tokens: list[int] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
+    aborted: bool = False
+
+    @property
+    def verdicts(self) -> list[Verdict | None]:
+        """The verdict on each output."""
+        carried = [(output.kv_transfer_params or {}).get(CONFIG_KEY) for output in self.outputs]
+        return [text and Verdict.model_validate_json(text) for text in carried]
+
+    @property
+    def finished(self) -> str | None:
+        """The finish reason, on the last output only."""
+        assert all(output.finish_reason is None for output in self.outputs[:-1])
+        reason = self.outputs[-1].finish_reason if self.outputs else None
+        return None if reason is None else str(reason)
+
+
+class Engine:
+    """The engine core's loop around one scheduler. ``seen`` counts the awkward moments there were."""
+
+    def __init__(self, world: World, mode: Mode, seed: int = 0) -> None:
+        self.world, self.mode = world, mode
+        self.scheduler = world.scheduler(mode)
+        self.runner = Runner(random.Random(seed))
+        self.queue: deque[Step] = deque()
+        self.answers: dict[str, Answer] = defaultdict(Answer)
+        self.seen: Counter[str] = Counter()
+        self.preempted: set[str] = set()
+
+    def add(self, name: str, prompt: list[int], asked: Asked, number: int, logit: float | None) -> None:
+        self.runner.numbers[name], self.runner.logits[name] = number, logit
+        if asked.logprobs is not None:
+            self.runner.wants_logprobs.add(name)
+        self.scheduler.add_request(self.world.request(name, prompt, asked, number))
+
+    def abort(self, name: str) -> None:
+        if name not in self.scheduler.requests:
+            return
+        self.answers[name].aborted = True
+        judging = any(name in step.ends for step in self.queue)
+        unjudged = name in self.scheduler.ledger.unjudged
+        flying = any(name in step.scheduled.num_scheduled_tokens for step in self.queue)
+        self.seen["aborted while the step that judges it is in flight"] += judging and unjudged
+        self.seen["aborted in flight"] += flying
+        self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+
+    def reset(self) -> None:
+        self.preempted |= {request.request_id for request in self.scheduler.running}
+        self.scheduler.reset_prefix_cache(reset_running_requests=True)
+
+    def step(self, meanwhile: Any = lambda: None) -> None:
+        """One turn of the loop; ``meanwhile`` is what happens while the output is awaited."""
+        if self.scheduler.has_requests():
+            scheduled = self.scheduler.schedule()
+            for rid in scheduled.preempted_req_ids or ():
+                when = "before" if rid in self.scheduler.ledger.unjudged else "after"
+                self.seen[f"preempted {when} its verdict"] += 1
+                self.preempted.add(rid)
+            self.queue.append(self.runner.run(scheduled))
+            if len(self.queue) < self.mode.queue and (
+                scheduled.total_num_scheduled_tokens or self.scheduler.has_requests()
+            ):
+                meanwhile()
+                return
+        meanwhile()
+        if self.queue:
+            self._deliver(self.queue.popleft())
+
+    def _deliver(self, step: Step) -> None:
+        unjudged = step.ends & self.scheduler.ledger.unjudged
+        for request in map(self.scheduler.requests.get, unjudged):
+            if request is not None and request.num_stale_output_tokens > 0:
+                how = "dropped" if request.drop_stale_output else "delivered"
+                self.seen[f"preempted in flight of the step that judges it, output {how}"] += 1
+        told = self.scheduler.update_from_output(step.scheduled, step.output)
+        for output in told.get(0).outputs if 0 in told else ():
+            answer = self.answers[output.request_id]
+            assert not answer.aborted, "an output for a client that has gone"
+            answer.outputs.append(output)
+            answer.tokens += output.new_token_ids
+            verdict = answer.verdicts[-1]
+            if verdict is not None and verdict.action in STOPPING:
+                later = any(output.request_id in step.scheduled.num_scheduled_tokens for step in self.queue)
+                self.seen["stopped while its next token is in flight"] += later
+        if self.mode.drafts and step.ends | set(step.output.req_ids):
+            self.scheduler.update_draft_token_ids(self.runner.propose(step.scheduled))
+
+    def finish(self) -> None:
+        for _ in range(3000):
+            if not (self.queue or self.scheduler.has_requests()):
+                return
+            self.step()
+        raise AssertionError("the engine never comes to rest")
+
+    def self_test(self) -> None:
+        """Send the bundle's prompts through, with the scores that it says."""
+        expected = self.world.bundle.card.self_test
+        for i, prompt in enumerate(expected.prompts):
+            logit = expected.logits["float32"][i]
+            self.add(f"self-test-{i}", list(prompt), Asked(), 900 + i, logit)
+        self.finish()
+
+
+def simulate(world: World, mode: Mode, schedule: Schedule) -> Engine:
+    """Run a schedule to its end. Requests are called by their number."""
+    engine = Engine(world, mode, schedule.seed)
+    waiting = dict(enumerate(schedule.asked))
+
+    def arrive(when: Any) -> None:
+        for number in [n for n, asked in waiting.items() if when(asked)]:
+            asked = waiting.pop(number)
+            engine.add(str(number), asked.prompt(number), asked, number, asked.logit(number))
+
+    def interfere(now: int, late: bool) -> None:
+        for number, asked in enumerate(schedule.asked):
+            if asked.leaves == now and asked.leaves_late == late:
+                engine.abort(str(number))
+        if (now, late) in schedule.resets:
+            engine.reset()
+
+    arrive(lambda asked: asked.early)
+    engine.self_test()
+    moments = [asked.arrives for asked in schedule.asked] + [asked.leaves or 0 for asked in schedule.asked]
+    for now in range(max([*moments, *(step for step, _ in schedule.resets)]) + 1):
+        arrive(lambda asked, now=now: asked.arrives <= now)
+        interfere(now, late=False)
+        engine.step(lambda now=now: interfere(now, late=True))
+    engine.finish()
+    return engine

@@ -1,0 +1,178 @@
+"""The guard's schedulers under random traffic: nobody is shown what must not be, nobody loses anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, event, given, settings
+
+from tests.engine import world
+from tests.engine.schedules import SCHEDULES, Asked, Schedule, Score
+
+pytestmark = [  # vLLM and its dependencies warn a lot
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.filterwarnings("error:::guard"),
+]
+MODES: dict[str, dict[str, Any]] = {
+    "synchronous": {},
+    "synchronous, crowded": {"crowded": True},
+    "synchronous, by priority": {"policy": "priority", "crowded": True},
+    "speculative": {"drafts": True, "crowded": True},
+    "asynchronous": {"queue": 2},
+    "asynchronous, crowded": {"queue": 2, "crowded": True},
+    "asynchronous, by priority": {"queue": 2, "policy": "priority", "crowded": True},
+    "asynchronous, second runner": {"queue": 2, "v2": True, "crowded": True},
+}
+# What the random schedules bring about now and then is brought about for certain here: the mode, the request
+# in question, and the others.
+LONG = Asked(length=290)
+CASES: dict[str, tuple[str, Asked, Schedule]] = {
+    "preempted before its verdict": (
+        "synchronous, crowded",
+        Asked(length=300),
+        Schedule((Asked(length=300, max_tokens=20),)),
+    ),
+    "preempted in flight of the step that judges it, output delivered": (
+        "asynchronous",
+        LONG,
+        # The other's 64th token needs the last free block in the step after the one that ends the prompt.
+        Schedule((Asked(length=43, max_tokens=40),)),
+    ),
+    "preempted in flight of the step that judges it, output dropped": (
+        "asynchronous",
+        LONG,
+        Schedule((), resets=((4, True),)),
+    ),
+    "preempted after its verdict": (
+        "synchronous",
+        Asked(length=150, max_tokens=40),
+        Schedule((Asked(length=150, max_tokens=40),)),
+    ),
+    "stopped while its next token is in flight": ("asynchronous", Asked(length=20), Schedule(())),
+    "aborted while the step that judges it is in flight": (
+        "asynchronous",
+        Asked(length=20, leaves=0, leaves_late=True),
+        Schedule(()),
+    ),
+    "aborted in flight": ("asynchronous", Asked(length=20, leaves=3), Schedule(())),
+}
+SCORES: dict[str, tuple[Score, ...]] = {
+    **dict.fromkeys(CASES, ("low", "high", "nan", "missing")),
+    "preempted after its verdict": ("low",),
+    "stopped while its next token is in flight": ("high", "nan", "missing"),
+    "aborted in flight": ("low",),
+}
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    from tests.engine.simulation import World
+
+    root = tmp_path_factory.mktemp("simulated")
+    model = world.make_model(root / "model")
+    world.make_bundle(root / "bundle", model)
+    with pytest.MonkeyPatch.context() as patch:
+        yield World(model, root / "bundle", root / "keys", patch)
+
+
+def run(simulated: Any, mode: str, schedule: Schedule) -> Any:
+    """Run a schedule and check all that must hold whatever happened."""
+    from tests.engine.simulation import Mode, simulate
+
+    engine = simulate(simulated, Mode(**MODES[mode]), schedule)
+    assert engine.scheduler.ledger.self_test.passed
+    for i in range(len(simulated.bundle.card.self_test.prompts)):
+        check_silent(engine.answers[f"self-test-{i}"], Asked(order="check"))
+    for number, asked in enumerate(schedule.asked):
+        answer = engine.answers[str(number)]
+        if answer.aborted:
+            check_begun(answer, asked, number)
+        elif asked.action == "pass":
+            check_passed(answer, asked, number)
+        else:
+            check_silent(answer, asked)
+            check_verdict(answer, asked, number)
+    check_at_rest(engine.scheduler)
+    return engine
+
+
+def check_verdict(answer: Any, asked: Asked, number: int) -> None:
+    """One verdict, its own, on the first output and on the last."""
+    verdicts = [verdict for verdict in answer.verdicts if verdict is not None]
+    assert answer.verdicts[0] is not None
+    assert all(verdict == verdicts[0] for verdict in verdicts)
+    assert verdicts[0].action == asked.action
+    assert verdicts[0].prompt_tokens == asked.length
+    if verdicts[0].action != "error":
+        assert verdicts[0].logit == asked.logit(number)
+
+
+def check_begun(answer: Any, asked: Asked, number: int) -> None:
+    """Of a request whose client has gone: nothing, or the beginning of what it was to get."""
+    assert answer.tokens == asked.answer(number)[: len(answer.tokens)]
+    assert answer.finished is None
+    if answer.outputs:
+        assert asked.action == "pass"
+        check_verdict(answer, asked, number)
+
+
+def check_passed(answer: Any, asked: Asked, number: int) -> None:
+    assert answer.tokens == asked.answer(number)
+    assert answer.finished == "length"
+    with_logprobs = [output.new_prompt_logprobs_tensors is not None for output in answer.outputs]
+    assert with_logprobs[0] == (asked.logprobs is not None)
+    check_verdict(answer, asked, number)
+    assert answer.verdicts[-1] is not None
+
+
+def check_silent(answer: Any, asked: Asked) -> None:
+    from tests.engine.simulation import END
+
+    error = asked.action == "error"
+    assert len(answer.outputs) == 1
+    assert answer.finished == ("error" if error else "stop")
+    # Direct streams need one token, which is not the model's, to show their end.
+    assert answer.tokens == ([END] if asked.stream and not error else [])
+    (output,) = answer.outputs
+    assert output.new_prompt_logprobs_tensors is None
+    assert (output.new_logprobs is None) == (asked.logprobs is None or not answer.tokens)
+    if output.new_logprobs is not None:
+        assert {part.shape[0] for part in output.new_logprobs[:3]} == {1}
+        assert output.new_logprobs.logprobs.shape == (1, asked.logprobs + 1)
+
+
+def check_at_rest(scheduler: Any) -> None:
+    """Nothing is left of any request."""
+    from tests.engine.simulation import BLOCKS
+
+    assert len(scheduler.ledger) == 0
+    assert not scheduler.ledger.unjudged
+    assert not scheduler.requests
+    assert not scheduler.running
+    assert not scheduler.waiting
+    assert not scheduler.kv_holding_waiting
+    assert not scheduler.deferred_waiting
+    assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == BLOCKS - 1
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(schedule=SCHEDULES)
+@pytest.mark.parametrize("mode", MODES)
+def test_whatever_happens_each_request_gets_its_own_verdict_and_its_own_tokens(
+    simulated: Any, mode: str, schedule: Schedule
+) -> None:
+    for name, count in run(simulated, mode, schedule).seen.items():
+        if count:
+            event(name)
+
+
+@pytest.mark.parametrize(("case", "score"), [(case, score) for case in CASES for score in SCORES[case]])
+def test_each_awkward_moment_is_reached_and_changes_nothing(simulated: Any, case: str, score: Score) -> None:
+    mode, asked, others = CASES[case]
+    engine = run(simulated, mode, replace(others, asked=(*others.asked, replace(asked, score=score))))
+    assert engine.seen[case] > 0
+    number = str(len(others.asked))
+    assert engine.preempted == ({number} if case.startswith("preempted") else set())
