@@ -157,15 +157,21 @@ def _replayed_hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
     getattr(module, TAP)(args[0])
 
 
+def site_layers(card: GuardCard, model: nn.Module) -> dict[str, nn.Module]:
+    """The layers whose inputs are the bundle's sites, by name. Raises GuardStartupError."""
+    modules = dict(model.named_modules())
+    names = [module_name(card.model.architecture, site.kind, site.layer) for site in card.sites]
+    missing = [name for name in names if name not in modules]
+    if missing:
+        raise GuardStartupError(f"the served model has no module {missing[0]}, which the bundle reads")
+    return {name: modules[name] for name in names}
+
+
 def _local_sites(card: GuardCard, model: nn.Module, rank: int) -> list[LocalSite]:
     """The part of each site on this rank. Raises GuardStartupError when a layer is not as expected."""
-    modules = dict(model.named_modules())
     sites, begin = [], 0
-    for site in card.sites:
-        name = module_name(card.model.architecture, site.kind, site.layer)
-        if name not in modules:
-            raise GuardStartupError(f"the served model has no module {name}, which the bundle reads")
-        sites.append(_local_site(card, site, name, modules[name], begin, rank))
+    for site, (name, module) in zip(card.sites, site_layers(card, model).items(), strict=True):
+        sites.append(_local_site(card, site, name, module, begin, rank))
         begin += len(card.columns(site))
     return sites
 

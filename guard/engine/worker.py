@@ -18,9 +18,10 @@ from vllm.platforms import current_platform
 from guard.engine.buffers import PendingScores
 from guard.engine.config import GuardConfig
 from guard.engine.outputs import attach
+from guard.engine.quantisation import refuse_fused
 from guard.engine.runners import stage_after_layout
 from guard.engine.support import refuse_unsupported
-from guard.engine.taps import Taps
+from guard.engine.taps import Taps, site_layers
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -43,10 +44,11 @@ class GuardWorker(PlatformWorker):
         refuse_unsupported(self.vllm_config)
         bundle = GuardConfig.of(self.vllm_config).load_bundle()
         super().load_model(load_dummy_weights=load_dummy_weights)
-        group = get_tp_group()
+        model, group = self.model_runner.get_model(), get_tp_group()
+        refuse_fused(model, site_layers(bundle.card, model))
         self.taps = Taps(
             bundle,
-            self.model_runner.get_model(),
+            model,
             max_requests=self.vllm_config.scheduler_config.max_num_seqs,
             dtype=self.vllm_config.model_config.dtype,
             device=self.device,
