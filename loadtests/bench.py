@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import platform
-import random
 import subprocess
 import tempfile
 import time
@@ -23,7 +22,8 @@ import numpy as np
 
 from guard.bundle import Bundle, Site
 from guard.lab import resolve
-from loadtests import random_model
+from loadtests import grid, random_model
+from loadtests.batches import batches, with_threshold
 from loadtests.first_token import measure
 from loadtests.pairs import Child, Interval, run_pairs
 
@@ -40,17 +40,6 @@ ENGINE = {"max_model_len": 512, "max_num_batched_tokens": 2048, "max_num_seqs": 
 NEURONS_PER_LAYER = 100
 
 
-def batches(
-    count: int, requests: int, length: tuple[int, int], vocabulary: int, seed: int
-) -> list[list[list[int]]]:
-    """``count`` batches of random prompts, all different, so that no prefix is ever cached."""
-    rng = random.Random(seed)
-    return [
-        [[rng.randrange(vocabulary) for _ in range(rng.randint(*length))] for _ in range(requests)]
-        for _ in range(count)
-    ]
-
-
 def large_model(directory: Path, seed: int) -> tuple[Path, Path, Path]:
     """The random 12 × 768 model with a bundle that passes everything and one that refuses everything."""
     model = random_model.make_model(directory / "large", LARGE)
@@ -64,13 +53,6 @@ def large_model(directory: Path, seed: int) -> tuple[Path, Path, Path]:
         with_threshold(bundle, directory / "pass", 1.0),
         with_threshold(bundle, directory / "refuse", 0.0),
     )
-
-
-def with_threshold(bundle: Bundle, directory: Path, probability: float) -> Path:
-    """Save the bundle with another threshold, the same for all false-positive rates."""
-    thresholds = tuple(t.model_copy(update={"probability": probability}) for t in bundle.card.thresholds)
-    card = bundle.card.model_copy(update={"thresholds": thresholds})
-    return Bundle(card, bundle.scorer).save(directory)
 
 
 def compare(
@@ -152,8 +134,12 @@ def table(results: dict[str, Any]) -> str:
     show_default=True,
     help="its bundle",
 )
+@click.option(
+    "--grid/--no-grid", "size_grid", default=True, help="also models, units and batches of several sizes"
+)
+@click.option("--grid-pairs", default=24, show_default=True, help="batches a cell of that grid")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("results/bench"), show_default=True)
-def main(pairs: int, lab: str, lab_bundle: Path, out: Path) -> None:
+def main(pairs: int, lab: str, lab_bundle: Path, size_grid: bool, grid_pairs: int, out: Path) -> None:
     """Run the benchmark, write JSON and a table."""
     out.mkdir(parents=True, exist_ok=True)
     started = time.time()
@@ -167,10 +153,18 @@ def main(pairs: int, lab: str, lab_bundle: Path, out: Path) -> None:
         passing = with_threshold(bundle, Path(folder) / "lab-pass", 1.0)
         refusing = with_threshold(bundle, Path(folder) / "lab-refuse", 0.0)
         results["models"][name] = compare(resolve(lab)[0], passing, refusing, 4000, pairs, out)
+        if size_grid:
+            results["grid"] = {
+                name: grid.measure(name, Path(folder), out, grid_pairs) for name in grid.MODELS
+            }
     results["seconds"] = time.time() - started
     (out / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
-    (out / "bench.md").write_text(table(results))
-    click.echo(table(results))
+    text = table(results)
+    if size_grid:
+        text += "\n" + grid.table(results["grid"])
+        grid.picture(results["grid"], out / "grid.png")
+    (out / "bench.md").write_text(text)
+    click.echo(text)
 
 
 def machine() -> dict[str, str]:

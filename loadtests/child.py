@@ -73,7 +73,9 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever vLLM prints is no answer
     llm = make_engine(**json.loads(sys.argv[1]))
-    answers.write(json.dumps({"ready": True}) + "\n")
+    worker = llm.llm_engine.model_executor.driver_worker.worker
+    taps = getattr(worker, "taps", None)  # plain vLLM has none
+    answers.write(json.dumps({"ready": True, "guard_bytes": taps.bytes if taps else 0}) + "\n")
     answers.flush()
     for line in sys.stdin:
         answers.write(json.dumps(measure(llm, **json.loads(line))) + "\n")

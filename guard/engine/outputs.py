@@ -16,6 +16,9 @@ from guard.engine.buffers import PendingScores
 LOGITS_ATTRIBUTE = "neuronguard_logits"
 """Name of the extra attribute of ``ModelRunnerOutput``: ``{request id: raw logit}``."""
 
+IDLE_ATTRIBUTE = "neuronguard_idle"
+"""Name of the extra attribute of ``SchedulerOutput``: true when nobody in the step waits for a verdict."""
+
 
 class ScoredOutput(AsyncModelRunnerOutput):
     """A step's output that is still being computed, with its scores."""

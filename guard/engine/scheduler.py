@@ -33,7 +33,7 @@ from guard.engine.config import (
     verify_served_model,
 )
 from guard.engine.ledger import STOPPING, Ledger
-from guard.engine.outputs import LOGITS_ATTRIBUTE
+from guard.engine.outputs import IDLE_ATTRIBUTE, LOGITS_ATTRIBUTE
 from guard.engine.support import refuse_too_few_slots, refuse_unsupported
 from guard.verdict import Verdict
 
@@ -84,11 +84,18 @@ class GuardMixin(_Scheduler):
             )
         super().add_request(request)
 
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """Schedule a step, and tell the workers when nobody in it waits for a verdict."""
+        scheduler_output = super().schedule(*args, **kwargs)
+        # Keys views walk the shorter side: nothing at all while no verdict is due.
+        if scheduler_output.num_scheduled_tokens.keys().isdisjoint(self.ledger.unjudged):
+            setattr(scheduler_output, IDLE_ATTRIBUTE, True)
+        return scheduler_output
+
     def update_from_output(
         self, scheduler_output: Any, model_runner_output: Any
     ) -> dict[int, EngineCoreOutputs]:
         """Judge the requests whose prompt ended in this step; silence those that must not speak."""
-        # Keys views walk the shorter side: nothing at all while no verdict is due.
         if scheduler_output.num_scheduled_tokens.keys().isdisjoint(self.ledger.unjudged):
             return super().update_from_output(scheduler_output, model_runner_output)
         verdicts = self._judge(scheduler_output, model_runner_output)

@@ -78,6 +78,7 @@ class Taps:
     ) -> None:
         self.staging = Staging(max_requests)
         self._replayed = replayed
+        self._idle = False
         sites = _local_sites(bundle.card, model, rank)
         positions = [position for site in sites for position in site.positions]
         self._head = ProbeHead(
@@ -125,12 +126,19 @@ class Taps:
 
         site.module.register_forward_pre_hook(read)
 
+    def begin(self, *, idle: bool = False) -> None:
+        """Start a step; ``idle`` says that nobody in it waits for a verdict."""
+        self.clear()
+        self._idle = idle
+
     def clear(self) -> None:
         """Forget the last step: a forward pass that nobody staged is not read."""
         self.staging.clear()
 
     def stage(self, layout: Layout) -> None:
         """Find the prompts that end in the step laid out, and point the taps at their final tokens."""
+        if self._idle:
+            return
         count = self.staging.stage(layout)
         if count == 0:
             return

@@ -17,7 +17,7 @@ from vllm.platforms import current_platform
 
 from guard.engine.buffers import PendingScores
 from guard.engine.config import GuardConfig
-from guard.engine.outputs import attach
+from guard.engine.outputs import IDLE_ATTRIBUTE, attach
 from guard.engine.quantisation import refuse_fused
 from guard.engine.runners import stage_after_layout
 from guard.engine.support import refuse_unsupported
@@ -61,7 +61,7 @@ class GuardWorker(PlatformWorker):
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Launch the forward pass, then the probe on what its taps have read."""
-        self.taps.clear()
+        self.taps.begin(idle=getattr(scheduler_output, IDLE_ATTRIBUTE, False))
         output = super().execute_model(scheduler_output)
         self._scores = self.taps.score()
         self.taps.clear()  # what runs before the next step (dummy batches) is not read

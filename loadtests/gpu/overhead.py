@@ -9,7 +9,7 @@ import numpy as np
 
 from guard.bundle import Site
 from loadtests import random_model
-from loadtests.bench import batches, with_threshold
+from loadtests.batches import batches, with_threshold
 from loadtests.gpu.recorder import Recorder
 from loadtests.gpu.world import in_both_dtypes, prepare
 from loadtests.pairs import Child, Interval, Pair, run_pairs

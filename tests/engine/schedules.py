@@ -86,7 +86,7 @@ class Schedule:
 
 
 def token(number: int, position: int) -> int:
-    """The token of request ``number`` at ``position``: no two are alike, and none is a prompt's or the end."""
+    """The token of request ``number`` at ``position``: no two are alike; none is a prompt's or the end."""
     return 1000 * (number + 1) + position
 
 
