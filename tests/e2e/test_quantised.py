@@ -175,6 +175,23 @@ def test_layer_that_may_be_handed_a_quantised_object_is_refused_by_name(wrapped)
         refuse_fused(layers, ["plain", "fused"])
 
 
+def test_engine_with_such_a_layer_does_not_start(made, monkeypatch):
+    from vllm.model_executor.layers.fusion.quant_activation import expose_input_quant_key
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsWNA16
+
+    whole = CompressedTensorsWNA16.process_weights_after_loading
+
+    def process(scheme, layer):
+        whole(scheme, layer)
+        expose_input_quant_key(layer, SimpleNamespace(input_quant_key=lambda: "a key"))
+
+    monkeypatch.setattr(CompressedTensorsWNA16, "process_weights_after_loading", process)
+    with pytest.raises(
+        GuardStartupError, match=r"layers\.1\.mlp\.down_proj takes its input already quantised"
+    ):
+        guarded(made[0].quantised, made[1], dtype="float16")
+
+
 def test_eight_bit_inputs_are_rounded_by_other_scales_offline_and_in_the_engine():
     """Why checkpoints with rounded inputs are refused."""
     from compressed_tensors.quantization import QuantizationArgs
