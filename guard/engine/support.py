@@ -28,6 +28,9 @@ MIXTURES = (
 )
 """Mixtures of experts among the supported architectures."""
 
+ROTARY = ("default", "linear", "llama3", "longrope", "yarn")
+"""Kinds of rotary scaling that were run."""
+
 SPECULATION = ("ngram",)
 """Methods of speculative decoding that were run."""
 
@@ -121,10 +124,31 @@ REFUSED: tuple[tuple[str, Check], ...] = (
         lambda c: 0 < _original_context(c) < c.model_config.max_model_len,
     ),
     (
+        f"rotary scaling of another kind than {', '.join(ROTARY)} (rope_type)",
+        lambda c: not rotary_kinds(c.model_config.hf_text_config) <= set(ROTARY),
+    ),
+    (
+        "a model computed otherwise than its checkpoint says (--hf-overrides, --disable-sliding-window)",
+        lambda c: bool(c.model_config.hf_overrides) or bool(c.model_config.disable_sliding_window),
+    ),
+    (
+        "a KV cache in another dtype than the model's (--kv-cache-dtype)",
+        lambda c: (
+            c.cache_config.cache_dtype not in ("auto", str(c.model_config.dtype).removeprefix("torch."))
+        ),
+    ),
+    (
         "vLLM's development mode, whose routes replace weights (VLLM_SERVER_DEV_MODE)",
         lambda c: is_set("VLLM_SERVER_DEV_MODE"),
     ),
 )
+
+
+def rotary_kinds(config: Any) -> set[str]:
+    """Kinds of rotary scaling in a transformers configuration; some models have one for each kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [part for part in parameters.values() if isinstance(part, dict)]
+    return {str(part.get("rope_type", "default")) for part in (nested or [parameters])}
 
 
 def refuse_unsupported(vllm_config: Any) -> None:

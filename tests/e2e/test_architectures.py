@@ -102,6 +102,19 @@ def test_the_window_is_one_that_matters(made, kind):
     assert np.abs(narrow - wide).min() > 1e-3
 
 
+@pytest.mark.parametrize("kind", architectures.SCALED)
+def test_the_scaling_of_angles_is_one_that_matters(made, kind, tmp_path):
+    model, directory = made(kind)
+    bundle = Bundle.load(directory)
+    plain = architectures.make_model(tmp_path / "plain", kind, rope_parameters={"rope_theta": 10000.0})
+    prompts = world.prompts(30, seed=61, shortest=20, longest=250)[::3]
+    scaled, unscaled = (
+        bundle.logits(np.stack([Reference(path, architectures.SITES).features(p) for p in prompts]))
+        for path in (model, plain)
+    )
+    assert np.abs(scaled - unscaled).min() > 1e-3
+
+
 def test_soft_capping_is_such_that_it_matters(made):
     model, directory = made("gemma2")
     bundle, reference = Bundle.load(directory), Reference(model, architectures.SITES)

@@ -72,6 +72,9 @@ def test_modes_that_no_cpu_configuration_can_have_are_not_refused(tiny_model, mo
     [
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
+        ({"hf_overrides": {"rms_norm_eps": 1e-3}}, "--hf-overrides"),
+        ({"hf_overrides": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}},
+         "(rope_type)"),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
          "--kv-transfer-config"),
     ],
@@ -146,6 +149,8 @@ def test_the_other_implementation_of_a_model_is_refused(tiny_model):
         ("parallel_config", "enable_expert_parallel", True, "--enable-expert-parallel"),
         ("parallel_config", "nnodes", 2, "--nnodes"),
         ("cache_config", "kv_sharing_fast_prefill", True, "--kv-sharing-fast-prefill"),
+        ("cache_config", "cache_dtype", "fp8", "--kv-cache-dtype"),
+        ("model_config", "disable_sliding_window", True, "--disable-sliding-window"),
         ("model_config", "enable_sleep_mode", True, "--enable-sleep-mode"),
         (None, "weight_transfer_config", object(), "--weight-transfer-config"),
         ("parallel_config", "decode_context_parallel_size", 2, "--decode-context-parallel-size"),

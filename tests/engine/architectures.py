@@ -19,6 +19,7 @@ WINDOW = 40
 """Shorter than most prompts, and no multiple of a block."""
 
 _PLAIN = {name: size for name, size in world.SIZES.items() if name != "head_dim"}
+_ROPE: dict[str, Any] = {"rope_theta": 10000.0}
 _GEMMA: dict[str, Any] = {
     # Not hidden_size / heads, and not what scores are divided by.
     "head_dim": 64,
@@ -41,6 +42,28 @@ SIZES: dict[str, dict[str, Any]] = {
         "n_shared_experts": 2,
         "num_experts_per_tok": 2,
         "first_k_dense_replace": 1,
+    },
+    # Scaled angles, for prompts within and beyond the original context.
+    "llama_rope_linear": {**_PLAIN, "rope_parameters": {**_ROPE, "rope_type": "linear", "factor": 4.0}},
+    "llama_rope_llama3": {
+        **_PLAIN,
+        "rope_parameters": {
+            **_ROPE,
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "llama_rope_yarn": {
+        **_PLAIN,
+        "rope_parameters": {
+            **_ROPE,
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 128,
+        },
     },
     "mistral": {**_PLAIN, "head_dim": 64, "sliding_window": WINDOW},
     "mixtral": {**_PLAIN, "num_local_experts": 8, "num_experts_per_tok": 2},
@@ -72,6 +95,7 @@ ROUTED = ("mixtral", "olmoe", "qwen3_moe")
 SEEDS = {"glm4_moe": 94, "mixtral": 73, "olmoe": 77, "qwen2_moe": 82, "qwen3_moe": 43}
 """Mixtures of experts whose routers decide every token of the tests' prompts by a margin above rounding."""
 WINDOWED = sorted(kind for kind, sizes in SIZES.items() if "sliding_window" in sizes)
+SCALED = sorted(kind for kind in SIZES if "_rope_" in kind)
 
 
 def sites(kind: str) -> tuple[Site, ...]:
@@ -79,7 +103,7 @@ def sites(kind: str) -> tuple[Site, ...]:
 
 
 def model_type(kind: str) -> str:
-    return kind.removesuffix("_longrope")
+    return kind.removesuffix("_longrope").partition("_rope_")[0]
 
 
 def make_model(directory: Path, kind: str, **sizes: Any) -> Path:
