@@ -181,6 +181,13 @@ def test_modes_that_are_switched_on_by_the_environment_are_refused(tiny_model, m
     assert variable in refused(config)
 
 
+def test_sequence_parallelism_is_refused_where_vllm_has_it(tiny_model):
+    config = configuration(tiny_model)
+    # Set afterwards: until 0.31 vLLM switches it off for small models, from 0.32 on it has none.
+    object.__setattr__(config.compilation_config.pass_config, "enable_sp", True)
+    assert "enable_sp" in refused(config)
+
+
 def test_unknown_architecture_is_refused(tiny_model, monkeypatch):
     config = configuration(tiny_model)
     monkeypatch.setattr(type(config.model_config), "architectures", ["DeepseekV3ForCausalLM"])
