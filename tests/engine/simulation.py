@@ -17,7 +17,7 @@ from vllm.v1.request import RequestStatus
 
 from guard.engine.config import CONFIG_KEY
 from guard.engine.ledger import STOPPING
-from guard.engine.outputs import LOGITS_ATTRIBUTE
+from guard.engine.outputs import IDLE_ATTRIBUTE, LOGITS_ATTRIBUTE
 from guard.verdict import Verdict
 from tests.engine.schedulers import DRAFTS, Mode, World
 from tests.engine.schedules import Asked, Schedule, token
@@ -76,7 +76,7 @@ class Runner:
             if rid in self.wants_logprobs and sampled and rid in ends:
                 output.prompt_logprobs_dict[rid] = LogprobsTensors.empty_cpu(1, 1)
         logits = {rid: logit for rid in sorted(ends) if (logit := self.logits[rid]) is not None}
-        if logits:
+        if logits and not getattr(scheduled, IDLE_ATTRIBUTE, False):
             setattr(output, LOGITS_ATTRIBUTE, logits)
         return Step(scheduled, output, ends)
 

@@ -153,9 +153,9 @@ def make(model: nn.Module, made: Bundle, *, replayed: bool, **options: Any) -> A
 
 
 @torch.no_grad()
-def step(taps: Any, model: Any, spans: list[Span], x: Tensor) -> dict[str, float]:
+def step(taps: Any, model: Any, spans: list[Span], x: Tensor, *, idle: bool = False) -> dict[str, float]:
     """One step of the worker (``guard.engine.worker``)."""
-    taps.clear()
+    taps.begin(idle=idle)
     taps.stage(layout(spans))
     model(x)
     scores = taps.score()

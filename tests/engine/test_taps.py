@@ -208,6 +208,27 @@ def test_a_layer_in_a_wrapper_is_read_at_the_wrapper() -> None:
     assert found == pytest.approx(reference.logits(made, x, SPANS), abs=1e-5)
 
 
+@pytest.mark.parametrize("replayed", [False, True])
+def test_a_step_in_which_nobody_waits_is_not_scored_and_the_next_one_is(replayed: bool) -> None:
+    model, made = Model(), tapped.bundle()
+    reference, taps = Reference(model), make(model, made, replayed=replayed)
+    x = tapped.rows(SPANS)
+    assert step(taps, model, SPANS, x, idle=True) == {}
+    assert step(taps, model, SPANS, x) == pytest.approx(reference.logits(made, x, SPANS), abs=1e-5)
+
+
+def test_width_of_a_wrapped_layer_is_that_of_the_layer() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base_layer = tapped.Linear(48)
+
+    model = Model()
+    model.model.layers[0].mlp.down_proj = Wrapped()
+    with pytest.raises(GuardStartupError, match="takes 48 columns here"):
+        make(model, tapped.bundle(), replayed=False)
+
+
 def test_model_without_a_site_is_refused() -> None:
     model = Model()
     del model.model.layers[2]
