@@ -153,9 +153,7 @@ class GuardMixin(_Scheduler):
             trace_headers=request.trace_headers,
             prefill_stats=stats,
         )
-        # Not appended in place: the list of a default EngineCoreOutputs is shared.
-        mine = outputs.setdefault(request.client_index, EngineCoreOutputs())
-        mine.outputs = [*mine.outputs, output]
+        outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(output)
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
         """The one exit of every request: finished, refused, aborted or failed.

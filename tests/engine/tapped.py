@@ -33,8 +33,12 @@ MODEL = ModelCard(
     weights_sha256="w",
     tokenizer_sha256="t",
 )
+CAPACITY = 4
+"""Prompts that may end in one step."""
 Span = tuple[int, int, int]
 """Of one request in one step: tokens computed before, tokens scheduled, tokens of its prompt."""
+SPANS: list[Span] = [(12, 1, 9), (30, 6, 36), (8, 5, 40), (0, 3, 3)]
+"""Decodes; ends its prompt; is in the middle of it; is computed whole."""
 
 
 class Linear(nn.Module):
@@ -139,3 +143,21 @@ def rows(spans: list[Span], seed: int = 0, dtype: torch.dtype = torch.float32) -
     """A model input for a step."""
     count = sum(scheduled for _, scheduled, _ in spans)
     return torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def make(model: nn.Module, made: Bundle, *, replayed: bool, **options: Any) -> Any:
+    from guard.engine.taps import Taps
+
+    chosen = {"max_requests": CAPACITY, "dtype": torch.float32, "device": torch.device("cpu"), **options}
+    return Taps(made, model, replayed=replayed, **chosen)
+
+
+@torch.no_grad()
+def step(taps: Any, model: Any, spans: list[Span], x: Tensor, *, idle: bool = False) -> dict[str, float]:
+    """One step of the worker (``guard.engine.worker``)."""
+    taps.begin(idle=idle)
+    taps.stage(layout(spans))
+    model(x)
+    scores = taps.score()
+    taps.clear()
+    return scores.take() if scores else {}

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from guard.engine.staging import Layout
+from guard.engine.buffers import PendingScores, ScoreBuffers
+from guard.engine.staging import Layout, Staging
 
 pytestmark = [  # vLLM and its dependencies warn a lot
     pytest.mark.filterwarnings("ignore"),
@@ -85,8 +86,8 @@ def test_scores_are_never_dropped_for_an_output_of_another_kind(outputs: Any, ou
         outputs.attach(output, Scores())
 
 
-def test_logits_of_a_step_survive_the_staging_and_scoring_of_the_next_ones(outputs: Any) -> None:
-    buffers = outputs.ScoreBuffers(4, torch.device("cpu"))
+def test_logits_of_a_step_survive_the_staging_and_scoring_of_the_next_ones() -> None:
+    buffers = ScoreBuffers(4, torch.device("cpu"))
     logits = torch.zeros(4)
     pending = []
     for step in range(6):
@@ -97,16 +98,14 @@ def test_logits_of_a_step_survive_the_staging_and_scoring_of_the_next_ones(outpu
         assert scores.take() == {f"{step}-0": step, f"{step}-1": step}
 
 
-def test_rows_reach_the_device_as_they_were_staged(outputs: Any) -> None:
-    from guard.engine.staging import Staging
-
+def test_rows_reach_the_device_as_they_were_staged() -> None:
     staging = Staging(4)
     count = staging.stage(Layout(["a", "b"], np.array([0, 5, 9]), np.array([0, 0]), np.array([5, 4])))
-    buffers = outputs.ScoreBuffers(4, torch.device("cpu"))
+    buffers = ScoreBuffers(4, torch.device("cpu"))
     assert buffers.to_device(staging.rows[:count]).tolist() == [4, 8]
     assert buffers.bytes == 0  # nothing on a device of its own
 
 
-def test_one_logit_for_each_request_or_none_at_all(outputs: Any) -> None:
+def test_one_logit_for_each_request_or_none_at_all() -> None:
     with pytest.raises(ValueError, match="shorter"):
-        outputs.PendingScores(["a", "b"], torch.zeros(1), None).take()
+        PendingScores(["a", "b"], torch.zeros(1), None).take()

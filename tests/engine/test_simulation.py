@@ -69,7 +69,7 @@ SCORES: dict[str, tuple[Score, ...]] = {
 
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    from tests.engine.simulation import World
+    from tests.engine.schedulers import World
 
     root = tmp_path_factory.mktemp("simulated")
     model = world.make_model(root / "model")
@@ -80,7 +80,8 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 def run(simulated: Any, mode: str, schedule: Schedule) -> Any:
     """Run a schedule and check all that must hold whatever happened."""
-    from tests.engine.simulation import Mode, simulate
+    from tests.engine.schedulers import Mode
+    from tests.engine.simulation import simulate
 
     engine = simulate(simulated, Mode(**MODES[mode]), schedule)
     assert engine.scheduler.ledger.self_test.passed
@@ -129,7 +130,7 @@ def check_passed(answer: Any, asked: Asked, number: int) -> None:
 
 
 def check_silent(answer: Any, asked: Asked) -> None:
-    from tests.engine.simulation import END
+    from tests.engine.schedulers import END
 
     error = asked.action == "error"
     assert len(answer.outputs) == 1
@@ -146,7 +147,7 @@ def check_silent(answer: Any, asked: Asked) -> None:
 
 def check_at_rest(scheduler: Any) -> None:
     """Nothing is left of any request."""
-    from tests.engine.simulation import BLOCKS
+    from tests.engine.schedulers import BLOCKS
 
     assert len(scheduler.ledger) == 0
     assert not scheduler.ledger.unjudged
@@ -176,3 +177,13 @@ def test_each_awkward_moment_is_reached_and_changes_nothing(simulated: Any, case
     assert engine.seen[case] > 0
     number = str(len(others.asked))
     assert engine.preempted == ({number} if case.startswith("preempted") else set())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_scheduler_is_of_the_engines_own_kind(simulated: Any, mode: str) -> None:
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+    from tests.engine.schedulers import Mode
+
+    chosen = Mode(**MODES[mode])
+    assert isinstance(simulated.scheduler(chosen), AsyncScheduler) == (chosen.queue > 1)

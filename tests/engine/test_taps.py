@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import threading
 import tracemalloc
-from typing import Any
 
 import pytest
 import torch
@@ -13,38 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from guard.bundle import Bundle, Site
+from guard.bundle import Site
 from guard.engine.errors import GuardStartupError
 from guard.scorer import ProbeKind
 from tests.engine import tapped
-from tests.engine.tapped import Model, Reference, Span
+from tests.engine.tapped import CAPACITY, Model, Reference, Span, make, step
 
 pytestmark = [  # vLLM and its dependencies warn a lot
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.filterwarnings("error:::guard"),
 ]
-CAPACITY = 4
-SPANS: list[Span] = [(12, 1, 9), (30, 6, 36), (8, 5, 40), (0, 3, 3)]
-"""Decodes; ends its prompt; is in the middle of it; is computed whole."""
+SPANS = tapped.SPANS
 KINDS: tuple[ProbeKind, ...] = ("linear", "mlp")
-
-
-def make(model: nn.Module, made: Bundle, *, replayed: bool, **options: Any) -> Any:
-    from guard.engine.taps import Taps
-
-    chosen = {"max_requests": CAPACITY, "dtype": torch.float32, "device": torch.device("cpu"), **options}
-    return Taps(made, model, replayed=replayed, **chosen)
-
-
-@torch.no_grad()
-def step(taps: Any, model: Any, spans: list[Span], x: Tensor) -> dict[str, float]:
-    """One step of the worker (``guard.engine.worker``)."""
-    taps.clear()
-    taps.stage(tapped.layout(spans))
-    model(x)
-    scores = taps.score()
-    taps.clear()
-    return scores.take() if scores else {}
 
 
 def scored(replayed: bool, kind: ProbeKind = "linear", spans: list[Span] = SPANS) -> dict[str, float]:
@@ -79,7 +57,7 @@ STEP = st.lists(SPAN, min_size=1, max_size=CAPACITY)
 UNSTAGED = st.integers(1, 12)  # tokens of a dummy run
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.one_of(STEP, UNSTAGED), min_size=1, max_size=8))
 @pytest.mark.parametrize("replayed", [False, True])
 def test_no_step_or_dummy_run_leaves_anything_behind(replayed: bool, steps: list[list[Span] | int]) -> None:
@@ -144,60 +122,6 @@ def test_input_of_another_width_is_an_error(replayed: bool) -> None:
         model.model.layers[0].mlp.down_proj(torch.zeros(15, 23))
 
 
-class Group:
-    """An all-reduce between threads; like vLLM's, it may return another tensor than it was given."""
-
-    def __init__(self, ranks: int) -> None:
-        self._parts: list[Tensor] = [torch.empty(0)] * ranks
-        self._barrier = threading.Barrier(ranks, timeout=30)
-
-    def all_reduce(self, rank: int, part: Tensor) -> Tensor:
-        self._parts[rank] = part.clone()
-        self._barrier.wait()
-        total = torch.stack(self._parts).sum(0)
-        self._barrier.wait()
-        return total
-
-
-@pytest.mark.parametrize("sites", [tapped.SITES, tapped.FIRST_HALF], ids=["both", "one holds none"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("replayed", [False, True])
-def test_two_ranks_together_score_what_one_does(
-    replayed: bool, kind: ProbeKind, sites: tuple[Site, ...]
-) -> None:
-    made, group = tapped.bundle(kind, sites), Group(2)
-    reference, found = Reference(Model()), [[], []]
-    steps = [SPANS, [(0, 2, 2)], [(5, 1, 3)], SPANS]
-
-    def run(rank: int) -> None:
-        model = Model(ranks=2, rank=rank)
-        taps = make(
-            model, made, replayed=replayed, rank=rank, all_reduce=lambda part: group.all_reduce(rank, part)
-        )
-
-        def forward(inputs: dict[tuple[str, int], Tensor]) -> None:
-            for (kind, i), x in inputs.items():
-                layer = model.model.layers[i]
-                half = x.shape[-1] // 2
-                module = layer.mlp.down_proj if kind == "mlp" else layer.self_attn.o_proj
-                module(x[:, rank * half : (rank + 1) * half])
-
-        for seed, spans in enumerate(steps):
-            found[rank].append(step(taps, forward, spans, inputs[seed]))
-
-    inputs = [reference.inputs(tapped.rows(spans, seed)) for seed, spans in enumerate(steps)]
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    expected = [reference.logits(made, tapped.rows(spans, seed), spans) for seed, spans in enumerate(steps)]
-    for of_rank in found:
-        assert len(of_rank) == len(expected)
-        for logits, wanted in zip(of_rank, expected, strict=True):
-            assert logits == pytest.approx(wanted, abs=1e-5)
-
-
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_compiled_model_reads_what_the_plain_one_does(backend: str) -> None:
     model, made = Model(), tapped.bundle()
@@ -220,11 +144,10 @@ def test_the_operation_is_declared_as_it_behaves(tokens: int, dtype: torch.dtype
     assert set(results.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("replayed", [False, True])
-def test_no_step_takes_memory_that_it_does_not_give_back(replayed: bool, kind: ProbeKind) -> None:
+def test_no_step_takes_memory_that_it_does_not_give_back(replayed: bool) -> None:
     model = Model()
-    taps, x = make(model, tapped.bundle(kind), replayed=replayed), tapped.rows(SPANS)
+    taps, x = make(model, tapped.bundle("mlp"), replayed=replayed), tapped.rows(SPANS)
     lasting = [taps._index, taps._features, taps._head._hidden, taps._head._logits]
     before = [tensor.data_ptr() for tensor in lasting]
 
@@ -283,6 +206,27 @@ def test_a_layer_in_a_wrapper_is_read_at_the_wrapper() -> None:
     x = tapped.rows(SPANS)
     found = step(make(model, made, replayed=False), model, SPANS, x)
     assert found == pytest.approx(reference.logits(made, x, SPANS), abs=1e-5)
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+def test_a_step_in_which_nobody_waits_is_not_scored_and_the_next_one_is(replayed: bool) -> None:
+    model, made = Model(), tapped.bundle()
+    reference, taps = Reference(model), make(model, made, replayed=replayed)
+    x = tapped.rows(SPANS)
+    assert step(taps, model, SPANS, x, idle=True) == {}
+    assert step(taps, model, SPANS, x) == pytest.approx(reference.logits(made, x, SPANS), abs=1e-5)
+
+
+def test_width_of_a_wrapped_layer_is_that_of_the_layer() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base_layer = tapped.Linear(48)
+
+    model = Model()
+    model.model.layers[0].mlp.down_proj = Wrapped()
+    with pytest.raises(GuardStartupError, match="takes 48 columns here"):
+        make(model, tapped.bundle(), replayed=False)
 
 
 def test_model_without_a_site_is_refused() -> None:
