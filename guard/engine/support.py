@@ -138,6 +138,11 @@ REFUSED: tuple[tuple[str, Check], ...] = (
         ),
     ),
     (
+        # The output of a request that has left would be taken for that of the next one of the same name.
+        "request ids as clients choose them (VLLM_DISABLE_REQUEST_ID_RANDOMIZATION)",
+        lambda c: is_set("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"),
+    ),
+    (
         "vLLM's development mode, whose routes replace weights (VLLM_SERVER_DEV_MODE)",
         lambda c: is_set("VLLM_SERVER_DEV_MODE"),
     ),
@@ -145,7 +150,7 @@ REFUSED: tuple[tuple[str, Check], ...] = (
 
 
 def rotary_kinds(config: Any) -> set[str]:
-    """Kinds of rotary scaling in a transformers configuration; some models have one for each kind of layer."""
+    """Kinds of rotary scaling in a transformers configuration: one, or one for each kind of layer."""
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [part for part in parameters.values() if isinstance(part, dict)]
     return {str(part.get("rope_type", "default")) for part in (nested or [parameters])}

@@ -174,7 +174,14 @@ def test_configuration_with_one_field_changed_is_refused(
     assert sentence in refused(config)
 
 
-@pytest.mark.parametrize("variable", ["VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"])
+@pytest.mark.parametrize(
+    "variable",
+    [
+        "VLLM_SERVER_DEV_MODE",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
+        "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION",
+    ],
+)
 def test_modes_that_are_switched_on_by_the_environment_are_refused(tiny_model, monkeypatch, variable):
     config = configuration(tiny_model)
     monkeypatch.setenv(variable, "1")
