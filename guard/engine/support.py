@@ -6,8 +6,10 @@ silently unguarded, so a configuration is refused when in doubt.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from guard.engine import quantisation
@@ -129,7 +131,10 @@ REFUSED: tuple[tuple[str, Check], ...] = (
     ),
     (
         "a model computed otherwise than its checkpoint says (--hf-overrides, --disable-sliding-window)",
-        lambda c: bool(c.model_config.hf_overrides) or bool(c.model_config.disable_sliding_window),
+        lambda c: (
+            bool(c.model_config.hf_overrides)
+            or (c.model_config.disable_sliding_window and _window_in_checkpoint(c.model_config.model))
+        ),
     ),
     (
         "a KV cache in another dtype than the model's (--kv-cache-dtype)",
@@ -200,6 +205,13 @@ def _is_other_mixture(architecture: str, config: Any) -> bool:
     if architecture == "OlmoeForCausalLM":
         return config.clip_qkv is not None or bool(config.norm_topk_prob)
     return architecture == "Qwen2MoeForCausalLM" and not config.qkv_bias
+
+
+def _window_in_checkpoint(directory: str) -> bool:
+    """Whether the checkpoint itself has a window: vLLM sets its switch for those that say 0 as well."""
+    path = Path(directory) / "config.json"
+    document = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return bool(document.get("sliding_window")) and document.get("use_sliding_window") is not False
 
 
 def _original_context(vllm_config: Any) -> int:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from guard.capture import read_prompts
+from guard.checkpoint import Checkpoint
 from tests.e2e import child
-from tests.engine import world
+from tests.engine import architectures, world
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +125,20 @@ class TestTensorParallel:
             environment=environment,
         )
         assert_guarded(result, plain, expected)
+
+    def test_shared_experts_are_split_as_well(self, tmp_path):
+        """A mixture of experts: one site is the input of its shared expert, two are heads."""
+        model = architectures.make_model(tmp_path / "model", "qwen2_moe")
+        bundle = architectures.make_bundle(tmp_path / "bundle", model, "qwen2_moe")
+        prompts = world.prompts(32, seed=61, longest=250)  # the architecture's seed is chosen for these
+        offline = Checkpoint.open(model).load_model()
+        expected = bundle.logits(read_prompts(offline, architectures.sites("qwen2_moe"), prompts))
+        result = child.run(
+            tmp_path,
+            model,
+            prompts,
+            bundle=tmp_path / "bundle",
+            options={"tensor_parallel_size": 2},
+            environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+        )
+        assert np.abs(np.array(result.logits) - expected).max() <= 1e-3

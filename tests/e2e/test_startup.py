@@ -128,6 +128,16 @@ def test_variant_that_vllm_computes_otherwise_is_refused_by_name(tmp_path, kind,
     assert sentence in refused(configuration(architectures.make_model(tmp_path / "model", kind, **sizes)))
 
 
+def test_switching_windows_off_is_refused_where_there_are_some(tmp_path, tiny_model):
+    from guard.engine.support import refuse_unsupported
+
+    model = architectures.make_model(tmp_path / "model", "mistral")
+    assert "--disable-sliding-window" in refused(
+        configuration(model, disable_sliding_window=True, max_model_len=40)
+    )
+    refuse_unsupported(configuration(tiny_model, disable_sliding_window=True))
+
+
 def test_sliding_windows_in_qwen3_are_refused(tmp_path):
     from loadtests.random_model import make_model
 
@@ -150,7 +160,6 @@ def test_the_other_implementation_of_a_model_is_refused(tiny_model):
         ("parallel_config", "nnodes", 2, "--nnodes"),
         ("cache_config", "kv_sharing_fast_prefill", True, "--kv-sharing-fast-prefill"),
         ("cache_config", "cache_dtype", "fp8", "--kv-cache-dtype"),
-        ("model_config", "disable_sliding_window", True, "--disable-sliding-window"),
         ("model_config", "enable_sleep_mode", True, "--enable-sleep-mode"),
         (None, "weight_transfer_config", object(), "--weight-transfer-config"),
         ("parallel_config", "decode_context_parallel_size", 2, "--decode-context-parallel-size"),
