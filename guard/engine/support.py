@@ -117,6 +117,14 @@ REFUSED: tuple[tuple[str, Check], ...] = (
         lambda c: _is_other_mixture(_architecture(c), c.model_config.hf_text_config),
     ),
     (
+        "LoRA adapters with a mixture of experts (--enable-lora)",
+        lambda c: c.lora_config is not None and c.model_config.is_moe,
+    ),
+    (
+        "data parallelism of a mixture of experts (--data-parallel-size)",
+        lambda c: c.parallel_config.data_parallel_size > 1 and c.model_config.is_moe,
+    ),
+    (
         "bidirectional attention (use_bidirectional_attention)",  # vLLM reads prompts causally all the same
         lambda c: bool(getattr(c.model_config.hf_text_config, "use_bidirectional_attention", False)),
     ),

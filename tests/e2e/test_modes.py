@@ -6,11 +6,15 @@ that are read whole and in chunks (longer than 96 tokens), without and with cach
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from guard.bundle import Bundle
 from guard.capture import read_prompts
 from guard.checkpoint import Checkpoint
+from guard.scorer import Scorer
 from tests.e2e import child
 from tests.engine import architectures, world
 
@@ -106,6 +110,36 @@ class TestSpeculative:
         )
         assert_guarded(result, plain, expected)
         assert result.facts["vllm:spec_decode_num_accepted_tokens"] >= 20
+
+
+class TestHiddenLayer:
+    """A probe with one hidden layer in place of a linear one."""
+
+    @pytest.fixture(scope="class")
+    def bundle(self, tiny_bundle, prompts, reference):
+        card, rng = tiny_bundle.card, np.random.default_rng(3)
+        features = np.stack([reference.features(prompt) for prompt in prompts])
+        weight = rng.standard_normal((8, card.features)) / (features.std(0) * card.features**0.5)
+        raw = Scorer(
+            weight=weight.astype(np.float32),
+            bias=-(features @ weight.T).mean(0).astype(np.float32),
+            readout=rng.standard_normal(8).astype(np.float32),
+        )
+        scorer = replace(raw, readout_bias=float(-np.median(raw.logits(features))))
+        asked = np.stack([reference.features(list(prompt)) for prompt in card.self_test.prompts])
+        known = card.self_test.model_copy(
+            update={"logits": {"float32": tuple(scorer.logits(asked).tolist())}}
+        )
+        return Bundle(card.model_copy(update={"probe": "mlp", "self_test": known}), scorer)
+
+    def test_scores_and_answers_are_right(self, tmp_path, tiny_model, bundle, prompts, reference):
+        features = np.stack([reference.features(prompt) for prompt in prompts])
+        expected = bundle.logits(features)
+        linear = features @ bundle.scorer.weight.T @ bundle.scorer.readout
+        assert abs(np.corrcoef(expected, linear)[0, 1]) < 0.95, "the layer between them matters"
+        plain = child.run(tmp_path, tiny_model, prompts, name="plain")
+        result = child.run(tmp_path, tiny_model, prompts, bundle=bundle.save(tmp_path / "bundle"))
+        assert_guarded(result, plain, expected)
 
 
 class TestTensorParallel:

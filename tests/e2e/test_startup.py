@@ -128,6 +128,14 @@ def test_variant_that_vllm_computes_otherwise_is_refused_by_name(tmp_path, kind,
     assert sentence in refused(configuration(architectures.make_model(tmp_path / "model", kind, **sizes)))
 
 
+def test_mixture_with_adapters_or_data_parallel_ranks_is_refused(tmp_path):
+    model = architectures.make_model(tmp_path / "model", "mixtral")
+    assert "LoRA adapters with a mixture" in refused(configuration(model, enable_lora=True, max_loras=2))
+    config = configuration(model)
+    config.parallel_config.data_parallel_size = config.parallel_config.data_parallel_size_local = 2
+    assert "data parallelism of a mixture" in refused(config)
+
+
 def test_switching_windows_off_is_refused_where_there_are_some(tmp_path, tiny_model):
     from guard.engine.support import refuse_unsupported
 
