@@ -11,7 +11,7 @@ import json
 import platform
 import subprocess
 import tempfile
-import time
+from collections.abc import Iterator
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -135,36 +135,60 @@ def table(results: dict[str, Any]) -> str:
     help="its bundle",
 )
 @click.option(
-    "--grid/--no-grid", "size_grid", default=True, help="also models, units and batches of several sizes"
+    "--part",
+    type=click.Choice(["all", "pairs", "grid"]),
+    default="all",
+    show_default=True,
+    help="two models in detail; or models, units and batches of several sizes",
 )
 @click.option("--grid-pairs", default=24, show_default=True, help="batches a cell of that grid")
+@click.option(
+    "--grid-model",
+    "grid_models",
+    multiple=True,
+    type=click.Choice(list(grid.MODELS)),
+    help="only this model of that grid; repeatable",
+)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("results/bench"), show_default=True)
-def main(pairs: int, lab: str, lab_bundle: Path, size_grid: bool, grid_pairs: int, out: Path) -> None:
-    """Run the benchmark, write JSON and a table."""
+def main(
+    pairs: int,
+    lab: str,
+    lab_bundle: Path,
+    part: str,
+    grid_pairs: int,
+    grid_models: tuple[str, ...],
+    out: Path,
+) -> None:
+    """Run the benchmark, write JSON and tables; what was measured is kept after every model."""
     out.mkdir(parents=True, exist_ok=True)
-    started = time.time()
-    results: dict[str, Any] = {"models": {}, "pairs": pairs, "machine": machine()}
     with tempfile.TemporaryDirectory() as folder:
-        model, passing, refusing = large_model(Path(folder), seed=0)
-        name = f"random 12 × 768, {12 * NEURONS_PER_LAYER} neurons"
-        results["models"][name] = compare(model, passing, refusing, 256, pairs, out)
-        bundle = Bundle.load(lab_bundle)
-        name = f"{bundle.card.model.name}, {bundle.card.features} neurons"
-        passing = with_threshold(bundle, Path(folder) / "lab-pass", 1.0)
-        refusing = with_threshold(bundle, Path(folder) / "lab-refuse", 0.0)
-        results["models"][name] = compare(resolve(lab)[0], passing, refusing, 4000, pairs, out)
-        if size_grid:
-            results["grid"] = {
-                name: grid.measure(name, Path(folder), out, grid_pairs) for name in grid.MODELS
-            }
-    results["seconds"] = time.time() - started
-    (out / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
-    text = table(results)
-    if size_grid:
-        text += "\n" + grid.table(results["grid"])
-        grid.picture(results["grid"], out / "grid.png")
-    (out / "bench.md").write_text(text)
-    click.echo(text)
+        if part != "grid":
+            results: dict[str, Any] = {"models": {}, "pairs": pairs, "machine": machine()}
+            for name, (model, passing, refusing), vocabulary in subjects(Path(folder), lab, lab_bundle):
+                results["models"][name] = compare(model, passing, refusing, vocabulary, pairs, out)
+                (out / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
+                (out / "bench.md").write_text(table(results))
+            click.echo(table(results))
+        if part != "pairs":
+            found: dict[str, Any] = {"models": {}, "pairs": grid_pairs, "machine": machine()}
+            for name in grid_models or grid.MODELS:
+                found["models"][name] = grid.measure(name, Path(folder), out, grid_pairs)
+                (out / "grid.json").write_text(json.dumps(found, indent=1) + "\n")
+                (out / "grid.md").write_text(grid.table(found["models"]))
+                grid.picture(found["models"], out / "grid.png")
+            click.echo(grid.table(found["models"]))
+
+
+def subjects(folder: Path, lab: str, lab_bundle: Path) -> Iterator[tuple[str, tuple[Path, Path, Path], int]]:
+    """Name, model with its two bundles, and vocabulary of what is compared."""
+    yield f"random 12 × 768, {12 * NEURONS_PER_LAYER} neurons", large_model(folder, seed=0), 256
+    bundle = Bundle.load(lab_bundle)
+    bundles = (
+        with_threshold(bundle, folder / "lab-pass", 1.0),
+        with_threshold(bundle, folder / "lab-refuse", 0.0),
+    )
+    name = f"{bundle.card.model.name}, {bundle.card.features} neurons"
+    yield name, (resolve(lab)[0], *bundles), 4000
 
 
 def machine() -> dict[str, str]:
