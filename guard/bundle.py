@@ -28,6 +28,7 @@ from guard.card import (
     Site,
     card_bytes,
 )
+from guard.replace import replace_directory
 from guard.scorer import Float32Array, Scorer, ScorerError
 from guard.sites import ModelShape
 
@@ -88,14 +89,7 @@ class Bundle:
             # Private by default, both of them: a bundle is as readable as any file, whoever serves it.
             (staging / ARRAY_FILE).chmod(0o644)
             staging.chmod(0o755)
-            if target.exists():
-                # Set aside first: removing takes time, and a reader must not find half a bundle.
-                aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-                target.rename(aside / target.name)
-                staging.rename(target)
-                shutil.rmtree(aside)
-            else:
-                staging.rename(target)
+            replace_directory(staging, target)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise

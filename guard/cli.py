@@ -11,11 +11,15 @@ from guard import __version__
 from guard.commands.bundle import bundle
 from guard.commands.evaluate import evaluate
 from guard.commands.fit import fit
+from guard.commands.locate import locate
 from guard.commands.materialise import materialise
+from guard.commands.units import units
 from guard.serve.command import serve
 
 # What the gateway does without: the base installation has none of these.
-_EXTRA = frozenset({"numpy", "safetensors", "scipy", "sklearn", "torch", "tqdm", "transformers", "vllm"})
+_EXTRA = frozenset(
+    {"matplotlib", "numpy", "safetensors", "scipy", "sklearn", "torch", "tqdm", "transformers", "vllm"}
+)
 
 
 class _OneSentence(click.Group):
@@ -47,6 +51,8 @@ def main(verbose: bool) -> None:
     logging.basicConfig(level=level, format="%(levelname)s %(message)s")
 
 
+main.add_command(locate)
+main.add_command(units)
 main.add_command(fit)
 main.add_command(evaluate)
 main.add_command(bundle)

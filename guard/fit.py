@@ -7,6 +7,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -38,6 +39,7 @@ from guard.units import (
     count,
     every_neuron,
     from_columns,
+    located_with,
     random_like,
     read_units,
     union,
@@ -80,7 +82,12 @@ def fit_bundle(
 ) -> Bundle:
     """The whole of ``neuronguard fit``. Raises FitError, ProbeError, CalibrationError or UnitsError."""
     shape = subject.checkpoint.shape
-    named = read_units(settings.units_file, shape) if settings.units_file else None
+    named: Units | None = None
+    located: tuple[DataFile, ...] = ()
+    if settings.units_file:
+        weights = subject.checkpoint.weights_sha256
+        named = read_units(settings.units_file, shape, weights_sha256=weights)
+        located = _located_with(settings.units_file, threshold, evaluation)
     # Random controls are read in the same pass as the units they are for.
     draws = _draws(named, subject, settings.seed) if named else []
     read = union([named, *draws]) if named else every_neuron(shape)
@@ -113,6 +120,8 @@ def fit_bundle(
                 selections[f"random units, draw {number}"] = columns_within(draw, read, shape)
         metrics["comparison"] = _compare((fitting, benign, held_out), positive, fitted, settings, selections)
     files = fit.files + threshold.files + (evaluation.files if evaluation else ())
+    # What chose the units counts as fitted on: it can evaluate no more than the rest.
+    files += tuple(file for file in located if file.sha256 not in {known.sha256 for known in files})
     return _pack(subject, settings, fitted, files, metrics)
 
 
@@ -176,6 +185,20 @@ def _observe(subject: Subject, dataset: Dataset, units: Units, *, judge: Judged)
     if not seen.prompts:
         raise FitError(f"no {dataset.role} prompt is left; {dataset.dropped or 'the files are empty'}")
     return Role(seen, subject.features(seen.tokens, units, dataset.role))
+
+
+def _located_with(units_file: Path, *datasets: Dataset | None) -> tuple[DataFile, ...]:
+    """The files that chose the units. Raises FitError when one is to set thresholds or to evaluate."""
+    files = located_with(units_file)
+    digests = {file.sha256 for file in files}
+    for dataset in filter(None, datasets):
+        for file in dataset.files:
+            if file.sha256 in digests:
+                raise FitError(
+                    f"{file.name} was used to locate the units of {units_file.name} and cannot be "
+                    f"{dataset.role} data; use other prompts"
+                )
+    return files
 
 
 def _draws(units: Units, subject: Subject, seed: int) -> list[Units]:

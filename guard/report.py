@@ -31,7 +31,7 @@ def markdown(document: Mapping[str, Any]) -> str:
         "",
         "## Thresholds",
         "",
-        *_table(
+        *table(
             ("false positives wanted", "P(unsafe) ≥", "benign prompts", "true rate at most (95 %)"),
             (
                 (
@@ -86,7 +86,7 @@ def _harmful(evaluation: Mapping[str, Any], rates: Sequence[str]) -> list[str]:
         f"{_percent(mean['worst'][rate]['rate'])} ({mean['worst'][rate]['source']})"
         for rate in rates
     )
-    lines = [*_table(heads, rows), "", f"Flagged, over sources: {summary}."]
+    lines = [*table(heads, rows), "", f"Flagged, over sources: {summary}."]
     total = evaluation["all_harmful"]
     shares = ", ".join(
         f"{_rate(total['flagged_of_answered'][rate])} are flagged at {_percent(float(rate))}"
@@ -110,7 +110,7 @@ def _benign(evaluation: Mapping[str, Any], rates: Sequence[str]) -> list[str]:
         label = name if entry.get("pooled", True) else f"{name} (not pooled)"
         flags = (_rate(entry["flagged"][rate]) for rate in rates)
         rows.append([label, entry["n"], _percent(entry["refused_by_the_model"]["rate"]), *flags])
-    lines = _table(heads, rows)
+    lines = table(heads, rows)
     if any(not entry.get("pooled", True) for _, entry in entries):
         lines += ["", "What is not pooled counts neither in the last row nor in any AUROC."]
     return lines
@@ -133,15 +133,17 @@ def _comparison(comparison: Mapping[str, Any]) -> list[str]:
         "Every scorer is fitted on the same prompts and has its own thresholds, set on the same benign "
         "prompts. Random units come from the same layers in the same number as the probe's."
     )
-    return [*_table(heads, rows), "", note]
+    return [*table(heads, rows), "", note]
 
 
 def _data(files: Sequence[Mapping[str, Any]]) -> list[str]:
     heads = ("file", "role", "harmful", "benign", "SHA-256")
-    return _table(heads, ((f["name"], f["role"], f["harmful"], f["benign"], f["sha256"][:12]) for f in files))
+    return table(heads, ((f["name"], f["role"], f["harmful"], f["benign"], f["sha256"][:12]) for f in files))
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """The lines of a Markdown table; columns after the first are numbers, set to the right."""
+
     def line(cells: Iterable[Any]) -> str:
         return "| " + " | ".join(str(cell) for cell in cells) + " |"
 

@@ -1,7 +1,8 @@
 """Sets of safety units as sites: read from a file, everything there is, or a random control.
 
 A units file is JSON: ``{"layer": [unit, …]}`` for MLP neurons, the same under the keys ``mlp`` and
-``attention`` when heads take part, or ``{"units": [[layer, neuron], …]}`` as rankings are written.
+``attention`` when heads take part, or ``{"units": [[layer, neuron], …]}`` as rankings are written. A set that
+``neuronguard locate`` has found is read from its directory.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from guard.bundle import Site
+from guard.bundle import DataFile, Site
+from guard.locate.unit_set import CARD_FILE, UnitSet, UnitSetError
 from guard.sites import ModelShape, SiteKind
 
 Units = tuple[Site, ...]
@@ -32,14 +34,16 @@ def every_neuron(shape: ModelShape) -> Units:
     )
 
 
-def read_units(path: str | Path, shape: ModelShape) -> Units:
-    """Units named by a file. Raises UnitsError, or NoSuchSiteError when a layer has no such site."""
-    try:
-        document = json.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UnitsError(f"cannot read the units file {path}: {error}") from error
-    if not isinstance(document, dict) or not document:
-        raise UnitsError(f'{path}: expected an object like {{"3": [17, 204]}}')
+def read_units(path: str | Path, shape: ModelShape, *, weights_sha256: str | None = None) -> Units:
+    """Units named by a file, or selected by a UnitSet, given by its directory or the ``units.json`` in it.
+
+    With ``weights_sha256``, a UnitSet must have been found on a model with these weights, or on a pair of
+    models one of which has them; a plain file says nothing about weights. Raises UnitsError, or
+    NoSuchSiteError when a layer has no such site.
+    """
+    document, found = _read(path)
+    if found is not None:
+        document = _selected(found, path, weights_sha256)
     if "units" in document:
         document = {"mlp": _grouped(document["units"], path)}
     elif not document.keys() <= {"mlp", "attention"}:
@@ -63,6 +67,47 @@ def read_units(path: str | Path, shape: ModelShape) -> Units:
     if not sites:
         raise UnitsError(f"{path} names no unit")
     return ordered(sites)
+
+
+def located_with(path: str | Path) -> tuple[DataFile, ...]:
+    """The data that a UnitSet was located with; none for a plain file. Raises UnitsError."""
+    found = _read(path)[1]
+    return found.provenance.data if found else ()
+
+
+def _read(path: str | Path) -> tuple[dict[str, Any], UnitSet | None]:
+    """What a units file says, and the UnitSet if it is the card of one."""
+    file = Path(path) / CARD_FILE if Path(path).is_dir() else Path(path)
+    try:
+        document = json.loads(file.read_text("utf-8"))
+        found = UnitSet.load(file.parent) if isinstance(document, dict) and "provenance" in document else None
+    except UnitSetError as error:
+        raise UnitsError(str(error)) from error
+    except (OSError, ValueError) as error:
+        raise UnitsError(f"cannot read the units file {file}: {error}") from error
+    if not isinstance(document, dict) or not document:
+        raise UnitsError(f'{path}: expected an object like {{"3": [17, 204]}}')
+    return document, found
+
+
+def _selected(found: UnitSet, path: str | Path, weights_sha256: str | None) -> dict[str, Any]:
+    """The selection of a UnitSet as a units file has it. Raises UnitsError."""
+    models = [found.provenance.model, *([found.provenance.donor] if found.provenance.donor else [])]
+    if weights_sha256 and weights_sha256 not in [model.weights_sha256 for model in models]:
+        names = " and ".join(repr(model.name) for model in models)
+        raise UnitsError(
+            f"{path} was found on {names}, whose weights are not this model's: a ranking says nothing "
+            "about other weights; locate units on this model"
+        )
+    selected: dict[str, Any] = {name: layers for name, layers in found.units().items() if layers}
+    if others := sorted(selected.keys() - {"mlp", "attention"}):
+        raise UnitsError(
+            f"{path} selects units of {', '.join(others)}, which a probe cannot read; "
+            "locate units of mlp or attention"
+        )
+    if not selected:
+        raise UnitsError(f"{path} selects no unit")
+    return selected
 
 
 def _grouped(pairs: Any, path: str | Path) -> dict[int, list[int]]:

@@ -44,7 +44,8 @@ from guard.commands import options
     "--units",
     default="l1",
     show_default=True,
-    help="'l1' (an L1 fit chooses), 'all', or a JSON file {layer: [neuron, …]}.",
+    help="'l1' (an L1 fit chooses), 'all', a JSON file {layer: [neuron, …]}, or a set of units as "
+    "'neuronguard locate' writes it.",
 )
 @click.option(
     "--max-units", type=click.IntRange(min=1), default=1000, show_default=True, help="Most units for 'l1'."

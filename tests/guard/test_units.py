@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from guard.bundle import Site
+from guard.locate.unit_set import Component, UnitSet
 from guard.sites import ModelShape
 from guard.units import (
     UnitsError,
@@ -17,6 +19,7 @@ from guard.units import (
     read_units,
     union,
 )
+from tests.locate import unit_sets
 
 SHAPE = ModelShape("LlamaForCausalLM", layers=3, mlp_width=10, heads=4, head_dim=2)
 
@@ -96,3 +99,60 @@ def test_columns_lead_back_to_their_units() -> None:
     assert count(units) == 4
     heads = (site(1, 0, 2, kind="attention"),)
     assert from_columns(np.array([3]), heads, SHAPE) == (site(1, 2, kind="attention"),)
+
+
+def located(tmp_path: Path, *components: Component, count: int = 5, **changes: Any) -> tuple[Path, UnitSet]:
+    found = unit_sets.unit_set(unit_sets.scores(*components), count=count, **changes)
+    return found.save(tmp_path / "located"), found
+
+
+LOCATED = ModelShape(
+    "LlamaForCausalLM", unit_sets.LAYERS, unit_sets.NEURONS, unit_sets.HEADS, unit_sets.HEAD_DIM
+)
+
+
+def test_a_located_set_names_the_units_it_selects(tmp_path: Path) -> None:
+    directory, found = located(tmp_path, "mlp", "attention", count=9)
+    units = read_units(directory, LOCATED)
+    for kind, layers in found.units().items():
+        assert {s.layer: list(s.units) for s in units if s.kind == kind} == layers
+    assert count(units) == 9
+    assert read_units(directory / "units.json", LOCATED) == units
+
+
+def test_a_component_that_selects_nothing_does_not_matter(tmp_path: Path) -> None:
+    scores = unit_sets.scores("mlp", "query")
+    scores["query"] -= 10
+    unit_sets.unit_set(scores, count=5).save(tmp_path / "u")
+    assert {site.kind for site in read_units(tmp_path / "u", LOCATED)} == {"mlp"}
+
+
+def test_rows_of_projections_and_channels_cannot_be_read_by_a_probe(tmp_path: Path) -> None:
+    directory, _ = located(tmp_path, "mlp", "query", "value", count=40)
+    with pytest.raises(UnitsError, match="selects units of query, value, which a probe cannot read"):
+        read_units(directory, LOCATED)
+
+
+def test_a_located_set_that_selects_nothing_is_refused(tmp_path: Path) -> None:
+    unit_sets.unit_set(unit_sets.scores(), unit_sets.chosen("mlp")).save(tmp_path / "u")
+    with pytest.raises(UnitsError, match="selects no unit"):
+        read_units(tmp_path / "u", LOCATED)
+
+
+def test_a_located_set_belongs_to_its_model_and_to_the_twin(tmp_path: Path) -> None:
+    directory, _ = located(tmp_path, donor=unit_sets.model("aligned", "8"))
+    for weights in ("0" * 64, "8" * 64):
+        assert count(read_units(directory, LOCATED, weights_sha256=weights)) == 5
+    with pytest.raises(UnitsError, match="found on 'toy' and 'aligned', whose weights are not this model's"):
+        read_units(directory, LOCATED, weights_sha256="9" * 64)
+
+
+def test_half_a_located_set_and_an_empty_directory_are_refused(tmp_path: Path) -> None:
+    directory, _ = located(tmp_path)
+    (directory / "units.safetensors").unlink()
+    for path in (directory, directory / "units.json"):
+        with pytest.raises(UnitsError, match="not a readable set of units"):
+            read_units(path, LOCATED)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UnitsError, match=r"cannot read the units file .*empty/units.json"):
+        read_units(tmp_path / "empty", LOCATED)
