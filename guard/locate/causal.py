@@ -106,8 +106,9 @@ def causal_effect(
     # A ratio has no bounded interval when its denominator may be zero.
     if ends[0] * ends[1] > 0:
         sure = gaps != 0
-        low, high = np.percentile(shifts[sure] / gaps[sure], [tail, 100 - tail])
-    value = float(shift.mean() / gap.mean())
+        # Adding zero turns -0.0 into 0.0.
+        low, high = np.percentile(shifts[sure] / gaps[sure], [tail, 100 - tail]) + 0.0
+    value = float(shift.mean() / gap.mean()) + 0.0
     means = (float(array.mean()) for array in costs)
     return Effect(value, float(low), float(high), units, *means)
 

@@ -125,10 +125,9 @@ def _factors(ours: Tensor, theirs: Tensor) -> tuple[Tensor, int]:
     factor = (ours * theirs).sum(0) / torch.where(power > 0, power, 1.0)
     error = (theirs - ours * factor).square().sum(0)
     proportional = error <= TOLERANCE**2 * theirs.square().sum(0)
-    # Where nothing was changed the factor is 1 exactly, not but for rounding.
-    same = (ours == theirs).all(0)
-    factor = torch.where(proportional & ~same & (power > 0), factor, 1.0)
-    return factor, int((~proportional & ~same).sum())
+    # Where nothing was changed the factor is 1 exactly: both sums are the same.
+    factor = torch.where(proportional & (power > 0), factor, 1.0)
+    return factor, int((~proportional).sum())
 
 
 def swapped(recipient: Twin, donor: Twin) -> tuple[Twin, Twin]:

@@ -183,6 +183,18 @@ def test_batches_and_padding_change_no_answer() -> None:
     assert dap_generate(recipient, donor, units, PROMPTS, new_tokens=6, batch_tokens=40) == together
 
 
+def test_positions_are_counted_from_the_first_real_token() -> None:
+    recipient, _ = toys.twins()
+    seen: list[torch.Tensor] = []
+    handle = recipient.model.model.register_forward_pre_hook(
+        lambda _m, _a, given: seen.append(given["position_ids"]), with_kwargs=True
+    )
+    greedy(recipient, [(5, 6, 7, 8), (5, 6)], new_tokens=2)
+    handle.remove()
+    # By length: the shorter prompt is the first row.
+    assert [positions.tolist() for positions in seen] == [[[0, 0, 0, 1], [0, 1, 2, 3]], [[2], [4]]]
+
+
 def test_answers_are_those_of_transformers_own_generation() -> None:
     recipient, _ = toys.twins()
     # A token that some answers contain ends them: both must stop before it.
