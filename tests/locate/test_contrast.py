@@ -47,6 +47,16 @@ def test_scores_are_local_to_what_the_donor_changed(kind: str) -> None:
     assert np.isnan(scores[3]).all()
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_weights_in_bfloat16_keep_scores_local_and_patching_exact(apart: bool) -> None:
+    recipient, donor = toys.twins(dtype=torch.bfloat16, apart=apart)
+    found = locate(recipient, donor, PROMPTS, SHORT)
+    assert scores_of(found).dtype == np.float64
+    assert np.flatnonzero(scores_of(found)[:2].any(axis=0)).tolist() == toys.PLANTED[1]
+    answers = dap_generate(recipient, donor, toys.EVERY, PROMPTS[:1], new_tokens=8)
+    assert answers == greedy(donor, PROMPTS[:1], new_tokens=8)
+
+
 def test_patching_units_that_include_the_planted_ones_reproduces_the_donor() -> None:
     recipient, donor = toys.twins()
     for count in (6, 48, 144):
