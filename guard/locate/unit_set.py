@@ -26,9 +26,10 @@ from guard.bundle import DataFile, ModelCard
 CARD_FILE = "units.json"
 ARRAY_FILE = "units.safetensors"
 
-Component = Literal["mlp", "attention", "query", "key", "value"]
-"""``mlp``: neurons, ``[layers, intermediate]``; ``attention``: heads, ``[layers, heads]``; the others: rows of
-the projections, ``[layers, out_features]``."""
+Component = Literal["mlp", "attention", "query", "key", "value", "channel"]
+"""``mlp``: neurons, ``[layers, intermediate]``; ``attention``: heads, ``[layers, heads]``; ``channel``:
+columns of the input of ``o_proj``, ``[layers, heads * head_dim]``; the others: rows of the projections,
+``[layers, out_features]``."""
 Method = Literal["contrast", "importance", "heads", "capacity", "random", "window"]
 
 Float64Array = NDArray[np.float64]
