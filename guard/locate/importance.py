@@ -195,7 +195,7 @@ def _check(model: Any, read: Reading) -> None:
                 f"the importance of {name} at layer {layer} is not a finite number; the activations hold "
                 "NaN or infinity: try another dtype, such as float32"
             )
-    allowed = _MISMATCH.get(model.dtype, 0.05)
+    allowed = _MISMATCH.get(model.dtype, 0.1)
     # NaN where the attention output is zero throughout: there is nothing to compare.
     worst = read.mismatch.nan_to_num(nan=0.0).amax(0)
     if (worst > allowed).any():
