@@ -39,6 +39,25 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {**_GEMMA, "attn_logit_softcapping": 1.5},
     "gemma3_text": _GEMMA,
 }
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {
+        "head_dim": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+        "shared_expert_intermediate_size": 20,
+    },
+    # The first layer is dense and has no site; angles turn half of a head.
+    "glm4_moe": {
+        "moe_intermediate_size": 10,
+        "n_routed_experts": 4,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+        "head_dim": 4,
+    },
+}
+"""Families with a shared expert."""
 
 
 class ExactNorm(nn.Module):
@@ -56,7 +75,9 @@ class ExactNorm(nn.Module):
 
 def model(family: str = "llama", *, seed: int = 0, attention: str = "float64", **sizes: Any) -> Any:
     """A random model whose layers are far from the identity; its attention is :func:`_attention64`."""
-    config = AutoConfig.for_model(family, **{**_SIZES, **FAMILIES[family], **sizes})
+    config = AutoConfig.for_model(family, **{**_SIZES, **{**FAMILIES, **MIXTURES}[family], **sizes})
+    # The kernel for all experts at once knows no float64.
+    config._experts_implementation = "eager"
     torch.manual_seed(seed)
     made: Any = AutoModelForCausalLM.from_config(config, attn_implementation=attention).double().eval()
     made.requires_grad_(False)

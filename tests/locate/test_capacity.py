@@ -115,6 +115,14 @@ def test_a_head_has_the_mean_of_its_channels() -> None:
     np.testing.assert_array_equal(heads["mlp"], channels["mlp"])
 
 
+def test_a_mixture_is_divided_where_it_has_sites() -> None:
+    found = locate(toys.model("glm4_moe"), toys.PROMPTS, OTHERS, QUARTERS)
+    assert np.isnan(found.scores["mlp"][0]).all()
+    assert (found.extra["class.mlp"][0] == -1).all()
+    assert np.isfinite(found.scores["mlp"][1]).all()
+    assert sum(int(mask.sum()) for mask in found.selected.values()) == (20 + 2 * 4) // 4
+
+
 def planted() -> Any:
     """Neurons 0 to 3 follow a property that matters for safety, for utility, for both, and a constant.
 

@@ -19,6 +19,7 @@ from guard.locate.importance import ImportanceOptions, locate, run, tally
 from guard.locate.importance_reader import reading, widths
 from guard.locate.passes import Cost, Kept, forward
 from guard.locate.unit_set import UnitSet
+from guard.sites import module_name, shape_of
 from tests.guard import worlds
 from tests.locate import importance_toys as toys
 
@@ -79,7 +80,7 @@ def test_a_unit_without_effect_is_never_active() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompts", "share", "wanted"), [(10, 0.7, 7), (10, 0.1, 1), (3, 1.0, 3), (7, 0.5, 4)]
+    ("prompts", "share", "wanted"), [(100, 0.07, 7), (10, 0.1, 1), (3, 1.0, 3), (7, 0.5, 4)]
 )
 def test_the_share_of_prompts_is_rounded_up(prompts: int, share: float, wanted: int) -> None:
     counts = np.arange(prompts + 1, dtype=float)[None]
@@ -166,6 +167,36 @@ def test_attention_as_transformers_computes_it_is_that_of_the_closed_forms(
         forward(model, [toys.PROMPTS[0], toys.PROMPTS[0][::-1]], Cost())
     assert 0 < read.mismatch.max() < close
     locate(model, toys.PROMPTS, ALONE)
+
+
+@pytest.mark.parametrize(("family", "first"), [("qwen2_moe", 0), ("glm4_moe", 1)])
+def test_neurons_of_a_mixture_are_those_of_its_shared_expert(family: str, first: int) -> None:
+    model = toys.model(family)
+    options = ImportanceOptions(matrices=("mlp", "value"), mlp_active=0.1, foundation=False)
+    counted = tally(model, toys.PROMPTS, options)
+    shape = shape_of(model.config)
+    for number in range(2):
+        if number < first:
+            assert np.isnan(counted.mean["mlp"][number]).all()
+            continue
+        expert = model.get_submodule(module_name(shape.architecture, "mlp", number))
+        seen: list[torch.Tensor] = []
+        handle = expert.register_forward_pre_hook(lambda _m, given, seen=seen: seen.append(given[0]))
+        for prompt in toys.PROMPTS:
+            model(input_ids=torch.tensor([prompt]))
+        handle.remove()
+        norms = [x.reshape(-1, shape.mlp_width).norm(dim=0) for x in seen]
+        expected = torch.stack(norms).mean(0) * expert.weight.norm(dim=0)
+        np.testing.assert_allclose(counted.mean["mlp"][number], expected.numpy(), rtol=1e-10)
+    found = locate(model, toys.PROMPTS, options)
+    assert not found.selected["mlp"][:first].any()
+    assert np.isnan(found.scores["mlp"][:first]).all()
+    assert np.nansum(counted.active["mlp"]) == len(toys.PROMPTS) * round(0.1 * 20 * (2 - first))
+
+
+def test_angles_that_turn_a_part_of_a_head_are_refused_for_queries_and_keys() -> None:
+    with pytest.raises(LocateError, match="rotates 2 of 4 columns"):
+        locate(toys.model("glm4_moe"), toys.PROMPTS, ALONE)
 
 
 def test_attention_of_another_form_is_refused() -> None:
