@@ -70,7 +70,8 @@ def locate(
     """Units active for ``prompts`` (harmful) and not for ``foundation`` (general text), from a loaded model.
 
     A score is the share of prompts that a unit is active for; units of equal share follow their mean
-    importance. ``extra`` holds, by matrix, ``importance``, ``active`` and ``foundation`` (shares of prompts).
+    importance. Units that general text needs are no candidates. ``extra`` holds, by matrix, ``importance``
+    (mean), ``active`` and ``foundation`` (shares of the harmful and of the general prompts).
     Raises LocateError: no prompt, none that fits, NaN, attention that the closed forms do not describe.
     """
     if options.foundation and not foundation:
@@ -86,21 +87,22 @@ def locate(
         "kept": kept,
     }
     found = tally(model, prompts, options, what="harmful", **settings)
-    chosen = found.consistent(options.consistency)
-    extra: dict[str, Any] = {}
-    if options.foundation:
-        general = tally(model, foundation, options, what="benign", **settings)
-        for name, common in general.consistent(options.consistency).items():
-            chosen[name] &= ~common
-            extra[f"foundation.{name}"] = general.active[name] / general.prompts
-    for name in options.matrices:
-        extra[f"importance.{name}"] = found.mean[name]
-        extra[f"active.{name}"] = found.active[name] / found.prompts
+    consistent = found.consistent(options.consistency)
+    selected: dict[Component, BoolArray] = {name: consistent[name] for name in options.matrices}
     scores: dict[Component, Float64Array] = {
         name: (found.active[name] + _percentile(found.mean[name])) / found.prompts
         for name in options.matrices
     }
-    selected: dict[Component, BoolArray] = {name: chosen[name] for name in options.matrices}
+    extra: dict[str, Any] = {}
+    if options.foundation:
+        general = tally(model, foundation, options, what="benign", **settings)
+        for name, common in general.consistent(options.consistency).items():
+            selected[name] &= ~common
+            scores[name][common] = np.nan
+            extra[f"foundation.{name}"] = general.active[name] / general.prompts
+    for name in options.matrices:
+        extra[f"importance.{name}"] = found.mean[name]
+        extra[f"active.{name}"] = found.active[name] / found.prompts
     if not any(mask.any() for mask in selected.values()):
         logger.warning("no unit is active for %g of the prompts; lower the consistency", options.consistency)
     return Scores(scores, selected, cost.as_dict(), extra)
