@@ -3,13 +3,13 @@
 A head of layer l changes nothing below l, and in l only its own slice of the input of ``o_proj``. So the
 unablated model goes through the prompts once, layer by layer; at each layer all heads' variants of its
 attention output are put side by side on the batch axis, and only the blocks from there on are run for them.
-Attention of layer l itself is not computed again. Prompts are grouped by length: no row is ever padded.
+Attention of layer l itself is not computed again, and the last block's MLP runs for the last token alone.
+Prompts are grouped by length: no row is ever padded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from guard.locate.ablation import Ablation, Head, attention_of, replacements
+from guard.locate.blocks import attention_gives, run_block
 from guard.locate.errors import LocateError
 from guard.prompts import Tokens
 from guard.sites import shape_of
@@ -69,7 +70,7 @@ class HeadSweep:
     def __init__(self, model: Any, prompts: Sequence[Tokens], *, batch_tokens: int = 8192) -> None:
         self.shape = shape_of(model.config)
         self.block_tokens = 0
-        """Tokens times blocks run so far: the cost."""
+        """Tokens that entered a block, summed over blocks: the cost so far."""
         self._model = model
         self._prompts = prompts
         self._batch_tokens = batch_tokens
@@ -169,6 +170,8 @@ class HeadSweep:
         block_input: Tensor,
         bucket: _Bucket,
         off: _Off,
+        *,
+        last_token: bool = False,
     ) -> tuple[Tensor, _Base]:
         """Run one block with the group's heads ablated; also return what its heads gave."""
         found: list[_Base] = []
@@ -198,7 +201,7 @@ class HeadSweep:
             attention.o_proj.register_forward_pre_hook(keep_heads),
         ]
         try:
-            return self._block(layer, block_input, arguments), found[0]
+            return self._block(layer, block_input, arguments, last_token=last_token), found[0]
         finally:
             for handle in handles:
                 handle.remove()
@@ -213,6 +216,7 @@ class HeadSweep:
         off: _Off,
     ) -> None:
         """Fill ``states[h, prompt]`` for the prompts of a bucket and all heads of a layer."""
+        last = self.shape.layers - 1
         device, places = base.outputs.device, torch.tensor(bucket.index, device=states.device)
         pairs = torch.cartesian_prod(torch.arange(len(bucket.index)), torch.arange(self.shape.heads))
         for chunk in torch.split(pairs, max(1, self._batch_tokens // base.outputs.shape[1])):
@@ -220,21 +224,26 @@ class HeadSweep:
             outputs = base.outputs[rows]
             outputs[torch.arange(len(rows), device=device), :, heads] = base.replaced[rows, :, heads]
             hidden = base.block_input[rows.to(base.block_input.device)]
-            with _attention_gives(self._attention[layer], outputs.flatten(2)):
+            if layer == last:
+                outputs, hidden = outputs[:, -1:], hidden[:, -1:]
+            attention = self._attention[layer]
+            with attention_gives(attention, attention.o_proj(outputs.flatten(2))):
                 hidden = self._block(layer, hidden, bucket.arguments[layer])
-            for later in range(layer + 1, self.shape.layers):
+            for later in range(layer + 1, last + 1):
                 if off.members(later):
-                    hidden, _ = self._step(later, hidden, bucket, off)
+                    hidden, _ = self._step(later, hidden, bucket, off, last_token=later == last)
                 else:
-                    hidden = self._block(later, hidden, bucket.arguments[later])
+                    arguments = bucket.arguments[later]
+                    hidden = self._block(later, hidden, arguments, last_token=later == last)
             final = self._model.base_model.norm(hidden[:, -1:])[:, 0]
             states[heads.to(states.device), places[rows.to(states.device)]] = final.to(states.device)
 
-    def _block(self, layer: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+    def _block(
+        self, layer: int, hidden: Tensor, arguments: dict[str, Any], *, last_token: bool = False
+    ) -> Tensor:
         self.block_tokens += hidden.shape[0] * hidden.shape[1]
-        output = self._blocks[layer](hidden, **arguments)
-        result: Tensor = output[0] if isinstance(output, tuple) else output
-        return result
+        block, attention = self._blocks[layer], self._attention[layer]
+        return run_block(block, attention, hidden, arguments, last_token=last_token)
 
     def _first_token(self, layer: int, outputs: Tensor, values: Tensor) -> None:
         """The first token sees itself alone: its heads must give its own values, or values are not these."""
@@ -268,19 +277,6 @@ def _same_length(prompts: Sequence[Tokens], tokens: int) -> Iterator[list[int]]:
 def _by_head(columns: Tensor, heads: int) -> Tensor:
     """``[…, heads * head_dim]`` as ``[…, heads, head_dim]``."""
     return columns.reshape(*columns.shape[:-1], heads, -1)
-
-
-@contextmanager
-def _attention_gives(attention: Any, outputs: Tensor) -> Iterator[None]:
-    """Inside the block, all that ``attention`` does is to multiply ``outputs`` by ``o_proj``."""
-    own = attention.__dict__.get("forward")
-    attention.forward = lambda *_args, **_kwargs: (attention.o_proj(outputs), None)
-    try:
-        yield
-    finally:
-        del attention.forward
-        if own is not None:
-            attention.forward = own
 
 
 def _finite(states: Tensor, when: str) -> Tensor:

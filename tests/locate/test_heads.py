@@ -213,8 +213,10 @@ def test_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: p
 
 def test_cost_counts_half_a_pass_for_half_the_blocks() -> None:
     cost = locate(random_model(), prompts(10, 10), HeadsOptions(count=1)).cost
-    # The unablated pass and the one row that records, the base of the sweep, and 12 heads at 2/3 of a pass.
-    assert cost["tokens"] == pytest.approx(10 * (2 + 1 + 2 + 2 * 12 * 2 / 3))
+    # Blocks of three: the unablated pass and the one row that records, the base of the sweep, and 4 heads of
+    # each layer from there on; in the last layer only the last token.
+    blocks = 20 * 3 + 10 * 3 + 20 * 3 + 4 * (20 * 3 + 20 * 2 + 2 * 1)
+    assert cost["tokens"] == pytest.approx(blocks / 3)
     assert cost["forward_passes"] == pytest.approx(cost["tokens"] / 10)
     assert cost["seconds"] > 0.0
 
