@@ -17,6 +17,7 @@ from guard.locate.ablation import Ablation, Head, ablated
 from guard.locate.errors import LocateError
 from guard.locate.heads import HeadsOptions, locate, query_heads, run
 from guard.locate.unit_set import UnitSet
+from loadtests.locate_heads import compare
 from tests.guard import worlds
 from tests.locate.heads_toys import COMPLY, REFUSE, harmful_prompts, planted_model, prompts, random_model
 
@@ -287,3 +288,9 @@ def test_run_without_a_harmful_prompt_that_fits_is_refused(tmp_path: Path, check
     long = data.load("fit", [worlds.write_rows(tmp_path / "long.jsonl", [row])])
     with pytest.raises(LocateError, match="none of the 1 harmful prompts fits the model's context of 256"):
         run(checkpoint, [long])
+
+
+def test_benchmark_compares_ways_that_agree() -> None:
+    found = compare(random_model(), prompts(6, 6, 9, 4, 7), layers=3, heads=4, pairs=3)
+    assert found.difference < 1e-4
+    assert found.speedup_over_single.median > 1.0
