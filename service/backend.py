@@ -23,6 +23,8 @@ _MAX_ERROR_BYTES = 1 << 16
 # vLLM's server closes idle connections after five seconds; a connection must be given up before that, or now
 # and then a request would be sent into one that is just being closed.
 _KEEPALIVE = 2.0
+# A connection that was not made has carried no request, so trying again is safe: at once, then after half a second.
+_CONNECT_RETRIES = 2
 
 
 class BackendError(Exception):
@@ -107,7 +109,9 @@ class Backend:
             max_keepalive_connections=settings.max_connections,
             keepalive_expiry=_KEEPALIVE,
         )
-        self._requests = self._client(transport or httpx.AsyncHTTPTransport(limits=limits))
+        self._requests = self._client(
+            transport or httpx.AsyncHTTPTransport(limits=limits, retries=_CONNECT_RETRIES)
+        )
         # Its own connection, so that a full pool of requests cannot make the engine look dead.
         self._status = self._client(
             transport or httpx.AsyncHTTPTransport(limits=httpx.Limits(max_connections=1))

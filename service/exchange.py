@@ -93,6 +93,7 @@ async def _exchange(call: Call, forward: Forward) -> Judged:
         answer = await gateway.backend.send(forward.path, forward.body, headers, deadline)
     except BackendError as error:
         gateway.engine.look_again()
+        logger.warning("request %s: %s", call.record.request_id, error)
         raise _no_answer(error) from error
     try:
         if not 200 <= answer.status < 300:

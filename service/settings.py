@@ -34,8 +34,8 @@ class Settings(BaseSettings):
     audit_scores: bool = False
     """Write P(unsafe) into the audit log."""
 
-    connect_timeout: float = Field(default=2.0, gt=0)
-    """To reach the engine, and to get one of ``max_connections``."""
+    connect_timeout: float = Field(default=5.0, gt=0)
+    """To reach the engine, each of up to three times, and to get one of ``max_connections``."""
     verdict_timeout: float = Field(default=60.0, gt=0)
     """From sending a streamed or check-only request to its verdict: queueing and prefill."""
     answer_timeout: float = Field(default=1800.0, gt=0)

@@ -236,6 +236,27 @@ async def test_an_engine_that_goes_and_comes_back(tmp_path: Path) -> None:
                 assert engine.seen[-1].directive.audience == "engine-b"
 
 
+async def test_a_connection_refused_for_a_moment_is_tried_again(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = settings_for(engine, tmp_path, engine_url=f"http://127.0.0.1:{port}")
+    with serving(create_app(settings)) as url:
+        async with httpx.AsyncClient(base_url=url) as client:
+
+            async def ready() -> bool:
+                return (await client.get("/readyz")).status_code == 200
+
+            with serving(engine, port):
+                await eventually(ready, within=10)
+            asked = asyncio.create_task(client.post(CHATS, json=CHAT))
+            await asyncio.sleep(0.1)
+            assert not asked.done()
+            with serving(engine, port):
+                assert (await asked).status_code == 200
+
+
 async def test_backend_down_without_sockets_is_the_same_error(tmp_path: Path) -> None:
     """The seam: a transport that cannot connect."""
     async with world(tmp_path) as w:
