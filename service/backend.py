@@ -23,7 +23,7 @@ _MAX_ERROR_BYTES = 1 << 16
 # vLLM's server closes idle connections after five seconds; a connection must be given up before that, or now
 # and then a request would be sent into one that is just being closed.
 _KEEPALIVE = 2.0
-# A connection that was not made has carried no request, so trying again is safe: at once, then after half a second.
+# Where no connection was made nothing was sent, so trying again is safe: at once, then half a second later.
 _CONNECT_RETRIES = 2
 
 
