@@ -141,7 +141,9 @@ def table(results: dict[str, Any]) -> str:
     show_default=True,
     help="two models in detail; or models, units and batches of several sizes",
 )
-@click.option("--grid-pairs", default=24, show_default=True, help="batches a cell of that grid")
+@click.option(
+    "--grid-seconds", default=20.0, show_default=True, help="CPU seconds for each figure of that grid"
+)
 @click.option(
     "--grid-model",
     "grid_models",
@@ -155,7 +157,7 @@ def main(
     lab: str,
     lab_bundle: Path,
     part: str,
-    grid_pairs: int,
+    grid_seconds: float,
     grid_models: tuple[str, ...],
     out: Path,
 ) -> None:
@@ -170,9 +172,9 @@ def main(
                 (out / "bench.md").write_text(table(results))
             click.echo(table(results))
         if part != "pairs":
-            found: dict[str, Any] = {"models": {}, "pairs": grid_pairs, "machine": machine()}
+            found: dict[str, Any] = {"models": {}, "seconds": grid_seconds, "machine": machine()}
             for name in grid_models or grid.MODELS:
-                found["models"][name] = grid.measure(name, Path(folder), out, grid_pairs)
+                found["models"][name] = grid.measure(name, Path(folder), out, grid_seconds)
                 (out / "grid.json").write_text(json.dumps(found, indent=1) + "\n")
                 (out / "grid.md").write_text(grid.table(found["models"]))
                 grid.picture(found["models"], out / "grid.png")

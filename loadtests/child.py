@@ -3,8 +3,8 @@
 ``python -m loadtests.child '{"model": …, "bundle": … or null, "engine": {…}}'``. A bundle makes it guarded,
 none makes it plain vLLM with its own worker and scheduler classes. One JSON command a line:
 ``{"prompts": [[…]], "max_tokens": 16}``; one JSON line back: process CPU seconds, wall seconds, engine steps,
-generated tokens. CPU seconds of this process are what comparisons use: another process on the machine does
-not count towards them.
+generated tokens. ``"guard": false`` in it has a guarded engine run it as plain vLLM. CPU seconds of this
+process are what comparisons use: another process on the machine does not count towards them.
 """
 
 from __future__ import annotations
@@ -73,12 +73,19 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever vLLM prints is no answer
     llm = make_engine(**json.loads(sys.argv[1]))
+    from loadtests.switch import Switch
+
     worker = llm.llm_engine.model_executor.driver_worker.worker
     taps = getattr(worker, "taps", None)  # plain vLLM has none
+    switch = Switch(llm) if taps else None
     answers.write(json.dumps({"ready": True, "guard_bytes": taps.bytes if taps else 0}) + "\n")
     answers.flush()
     for line in sys.stdin:
-        answers.write(json.dumps(measure(llm, **json.loads(line))) + "\n")
+        command = json.loads(line)
+        guard = command.pop("guard", True)
+        if switch:
+            (switch.on if guard else switch.off)()
+        answers.write(json.dumps(measure(llm, **command)) + "\n")
         answers.flush()
 
 

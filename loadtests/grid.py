@@ -1,7 +1,9 @@
-"""What the guard costs by model size, number of units and batch size: one plain engine, one for each number.
+"""What the guard costs by model size, number of units and batch size.
 
-All engines of a model live side by side, each in its own process with one thread. Every batch runs on all of
-them in rotating order; a figure is the median over batches of guarded over plain process CPU time.
+Each model and number of units has a guarded engine of its own, with one thread. Every batch runs in it three
+times, the order rotating: guarded, and twice with the guard taken out (``loadtests.switch``). A figure is the
+median over batches of guarded over plain process CPU time, and the two plain runs over one another are the
+control: what this way of measuring makes of no difference at all.
 """
 
 from __future__ import annotations
@@ -20,8 +22,11 @@ from loadtests.pairs import Child, Interval
 UNITS = (100, 1000, 5000)
 BATCHES = (1, 16, 64)
 ENGINE = {"max_model_len": 512, "max_num_batched_tokens": 2048, "max_num_seqs": 64, "block_size": 32}
-LENGTH = (24, 72)
-NEW_TOKENS = 16
+LENGTH = (16, 48)
+NEW_TOKENS = 12
+WARM_UP = 3
+ROUNDS = (9, 300)
+"""Least and most rounds of three runs for one figure of a cell; small batches are quick and noisy."""
 
 
 def sizes(layers: int, hidden: int, mlp: int) -> dict[str, Any]:
@@ -56,47 +61,48 @@ def spread(units: int, layers: int, width: int, seed: int) -> tuple[Site, ...]:
     )
 
 
-def measure(name: str, folder: Path, logs: Path, pairs: int) -> dict[str, Any]:
+def measure(name: str, folder: Path, logs: Path, seconds: float) -> dict[str, Any]:
     """All cells of one model: ``{"cells": {units: {batch: figures}}, "bytes": {units: bytes}}``."""
     config = MODELS[name]
     model = random_model.make_model(folder / name, config)
-    engines = {0: Child(model, None, ENGINE, logs / f"grid-{name}-plain.log")}
     (fitting,) = batches(1, 24, LENGTH, 256, seed=0)
+    found: dict[str, Any] = {"cells": {}, "bytes": {}}
     for units in UNITS:
+        click.echo(f"  {name}, {units} units", err=True)
         sites = spread(units, config["num_hidden_layers"], config["intermediate_size"], seed=units)
         bundle = random_model.make_bundle(folder / f"{name}-{units}", model, sites, fitting)
         passing = with_threshold(bundle, folder / f"{name}-{units}-pass", 1.0)
-        engines[units] = Child(model, passing, ENGINE, logs / f"grid-{name}-{units}.log")
-    try:
-        facts = {units: engine.wait_ready() for units, engine in engines.items()}
-        for engine in engines.values():
-            for prompts in batches(3, 8, LENGTH, 256, seed=1):
-                engine.run(prompts, NEW_TOKENS)
-        cells: dict[int, dict[int, Any]] = {units: {} for units in UNITS}
-        for size in BATCHES:
-            click.echo(f"  {name}: batches of {size}", err=True)
-            whole = rotate(engines, batches(pairs, size, LENGTH, 256, seed=10 + size), NEW_TOKENS)
-            prefill = rotate(engines, batches(pairs, size, LENGTH, 256, seed=20 + size), 1)
-            for units in UNITS:
-                cells[units][size] = {
-                    "throughput": ratio(whole[0], whole[units])._asdict(),
-                    "prefill": ratio(prefill[units], prefill[0])._asdict(),
-                }
-    finally:
-        for engine in engines.values():
+        engine = Child(model, passing, ENGINE, logs / f"grid-{name}-{units}.log")
+        try:
+            found["bytes"][units] = engine.wait_ready()["guard_bytes"]
+            found["cells"][units] = {size: cell(engine, size, seconds) for size in BATCHES}
+        finally:
             engine.close()
-    return {"cells": cells, "bytes": {units: facts[units]["guard_bytes"] for units in UNITS}}
+    return found
 
 
-def rotate(
-    engines: dict[int, Child], prompts: list[list[list[int]]], new_tokens: int
-) -> dict[int, list[float]]:
-    """CPU seconds of each batch on each engine; every engine comes first as often as any other."""
-    names, seconds = list(engines), {name: [] for name in engines}
+def cell(engine: Child, size: int, seconds: float) -> dict[str, Any]:
+    """Throughput and prefill of one batch size, each with its control, from about ``seconds`` of CPU each."""
+    figures = {}
+    for figure, new_tokens, seed in (("throughput", NEW_TOKENS, 10), ("prefill", 1, 20)):
+        warm = rotate(engine, batches(WARM_UP, size, LENGTH, 256, seed=seed), new_tokens)
+        per_round = sum(map(sum, warm.values())) / WARM_UP
+        count = min(max(round(seconds / per_round), ROUNDS[0]), ROUNDS[1])
+        timed = rotate(engine, batches(count, size, LENGTH, 256, seed=seed + size), new_tokens)
+        guarded, plain = timed["guarded"], timed["plain"]
+        figures[figure] = ratio(plain, guarded) if figure == "throughput" else ratio(guarded, plain)
+        figures[f"{figure}_control"] = ratio(plain, timed["control"])
+    return {figure: interval._asdict() for figure, interval in figures.items()}
+
+
+def rotate(engine: Child, prompts: list[list[list[int]]], new_tokens: int) -> dict[str, list[float]]:
+    """CPU seconds of each batch in each of the three ways; each comes first as often as any other."""
+    seconds: dict[str, list[float]] = {"plain": [], "guarded": [], "control": []}
+    ways = list(seconds)
     for turn, batch in enumerate(prompts):
-        for step in range(len(names)):
-            name = names[(turn + step) % len(names)]
-            seconds[name].append(engines[name].run(batch, new_tokens)["cpu"])
+        for step in range(len(ways)):
+            way = ways[(turn + step) % len(ways)]
+            seconds[way].append(engine.run(batch, new_tokens, guard=way == "guarded")["cpu"])
     return seconds
 
 
@@ -120,6 +126,14 @@ def table(grid: dict[str, Any]) -> str:
                 cells = [str(Interval(**found["cells"][units][size][figure])) for size in BATCHES]
                 lines.append(f"| {name} | {units:,} | {' | '.join(cells)} |")
         lines.append("")
+        controls = [
+            Interval(**cells[units][size][f"{figure}_control"])
+            for cells in (part["cells"] for part in grid.values())
+            for units in UNITS
+            for size in BATCHES
+        ]
+        low, high = min(c.median for c in controls), max(c.median for c in controls)
+        lines += [f"Control, plain / plain, over all cells: medians from {low:.3f} to {high:.3f}.", ""]
     lines += [
         f"Memory of the guard beside the KV pool, MiB (float32, {ENGINE['max_num_seqs']} requests at most)",
         "",

@@ -39,10 +39,11 @@ class Child:
         """Return when the engine is up, with what it says of itself."""
         return self._answer()
 
-    def run(self, prompts: list[list[int]], max_tokens: int) -> dict[str, float]:
-        """Run one batch and return its timings."""
+    def run(self, prompts: list[list[int]], max_tokens: int, *, guard: bool = True) -> dict[str, float]:
+        """Run one batch and return its timings; a guarded engine can run it as plain vLLM."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"prompts": prompts, "max_tokens": max_tokens}) + "\n")
+        command = {"prompts": prompts, "max_tokens": max_tokens, "guard": guard}
+        self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
         return self._answer()
 

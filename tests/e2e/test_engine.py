@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -57,6 +60,22 @@ def expected(reference, tiny_bundle):
         return float(tiny_bundle.logits(reference.features(prompt)[None])[0])
 
     return logit
+
+
+@contextmanager
+def called_functions(package: str):
+    """Names of the package's functions that run in this thread meanwhile."""
+    called: set[str] = set()
+
+    def note(frame, event, _):
+        if event == "call" and frame.f_globals.get("__name__", "").startswith(f"{package}."):
+            called.add(frame.f_code.co_name)
+
+    sys.setprofile(note)
+    try:
+        yield called
+    finally:
+        sys.setprofile(None)
 
 
 def clear_of_the_threshold(prompts, expected, margin=0.01):
@@ -200,6 +219,24 @@ def test_default_policy_refuses_requests_without_a_directive(llm, unsafe, safe):
     refused, passed = ask(llm, [unsafe, safe], sampling())
     assert (refused.verdict.action, refused.verdict.policy) == ("refuse", "engine-default")
     assert passed.verdict.action == "pass"
+
+
+def test_benchmark_switch_leaves_nothing_of_the_guard_and_puts_it_back(llm, unsafe):
+    """What ``make bench`` times as plain must be plain."""
+    from loadtests.switch import Switch
+
+    switch = Switch(llm)
+    switch.off()
+    try:
+        with called_functions("guard") as called:
+            (plain,) = ask(llm, [unsafe], sampling())
+        assert (plain.verdict, len(plain.tokens), called) == (None, 12, set())
+    finally:
+        switch.on()
+    with called_functions("guard") as called:
+        (refused,) = ask(llm, [unsafe], sampling())
+    assert (refused.verdict.action, refused.tokens) == ("refuse", [])
+    assert {"stage", "score", "read", "update_from_output"} <= called
 
 
 def test_forged_directive_is_an_error_for_a_harmless_prompt_too(llm, safe, keys):
