@@ -13,6 +13,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -28,6 +29,7 @@ from guard.card import (
     Site,
     card_bytes,
 )
+from guard.patch import Patch, PatchError, patch_arrays, take_patches
 from guard.replace import replace_directory
 from guard.scorer import Float32Array, Scorer, ScorerError
 from guard.sites import ModelShape
@@ -55,15 +57,23 @@ class BundleError(ValueError):
 
 
 class Bundle:
-    """A loaded bundle: ``card``, and the ``scorer`` that reads raw activations in feature order."""
+    """A loaded bundle: ``card``, the ``scorer`` that reads raw activations in feature order, and patches."""
 
-    def __init__(self, card: GuardCard, scorer: Scorer) -> None:
+    def __init__(self, card: GuardCard, scorer: Scorer, patches: Iterable[Patch] = ()) -> None:
         if scorer.kind != card.probe:
             raise BundleError(f"the card says {card.probe!r}, but the probe is {scorer.kind!r}")
         if scorer.features != card.features:
             raise BundleError(
                 f"the probe weight is float32[{scorer.features}] a row, expected float32[{card.features}]"
             )
+        self.patches = {patch.card.name: patch for patch in patches}
+        if [patch.card for patch in self.patches.values()] != list(card.patches):
+            raise BundleError("the patches are not those that the card lists")
+        try:
+            for patch in self.patches.values():
+                patch.check(card.model.shape)
+        except PatchError as error:
+            raise BundleError(str(error)) from error
         self.card = card
         self.scorer = scorer
         self._card_bytes = card_bytes(card)
@@ -72,9 +82,13 @@ class Bundle:
     def digest(self) -> str:
         """SHA-256 over card and arrays: the bundle's name in verdicts, metrics and status."""
         digest = hashlib.sha256(self._card_bytes)
-        for array in self.scorer.arrays().values():
+        for array in self._arrays().values():
             digest.update(array.tobytes())
         return digest.hexdigest()
+
+    def _arrays(self) -> dict[str, Float32Array]:
+        """Everything in ``guard.safetensors``; the digest is taken in this order."""
+        return {**self.scorer.arrays(), **patch_arrays(self.patches.values())}
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Write the bundle; the directory appears whole or not at all. Replaces an existing bundle."""
@@ -85,7 +99,7 @@ class Bundle:
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
             (staging / CARD_FILE).write_bytes(self._card_bytes)
-            save_file(self.scorer.arrays(), staging / ARRAY_FILE)
+            save_file(self._arrays(), staging / ARRAY_FILE)
             # Private by default, both of them: a bundle is as readable as any file, whoever serves it.
             (staging / ARRAY_FILE).chmod(0o644)
             staging.chmod(0o755)
@@ -111,8 +125,9 @@ class Bundle:
         except ValidationError as error:
             raise BundleError(f"{root / CARD_FILE} is not a valid card: {error}") from error
         try:
-            return cls(card, Scorer.of_arrays(card.probe, arrays))
-        except ScorerError as error:
+            patches = take_patches(card.patches, arrays)
+            return cls(card, Scorer.of_arrays(card.probe, arrays), patches)
+        except (ScorerError, PatchError) as error:
             raise BundleError(f"{root / ARRAY_FILE}: {error}") from error
 
     def with_adapter(self, adapter: AdapterCard) -> Bundle:
@@ -120,7 +135,18 @@ class Bundle:
         if any(adapter.name == listed.name for listed in self.card.adapters):
             raise BundleError(f"the bundle lists an adapter {adapter.name!r} already; choose another name")
         document = self.card.model_dump() | {"adapters": (*self.card.adapters, adapter)}
-        return Bundle(GuardCard.model_validate(document), self.scorer)
+        return Bundle(GuardCard.model_validate(document), self.scorer, self.patches.values())
+
+    def with_patch(self, patch: Patch) -> Bundle:
+        """The same bundle with ``patch`` as well. Raises BundleError when it cannot have it."""
+        if patch.card.name in self.patches:
+            raise BundleError(f"the bundle has a patch {patch.card.name!r} already; choose another name")
+        document = self.card.model_dump() | {"patches": (*self.card.patches, patch.card)}
+        try:
+            card = GuardCard.model_validate(document)
+        except ValidationError as error:
+            raise BundleError(f"the patch does not fit the bundle: {error}") from error
+        return Bundle(card, self.scorer, (*self.patches.values(), patch))
 
     def verify_model(self, *, shape: ModelShape, weights_sha256: str, tokenizer_sha256: str) -> None:
         """Refuse any model but the one the bundle was fitted on. Raises BundleError."""

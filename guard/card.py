@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from guard.patch_card import MOST_PATCHES, PatchCard
 from guard.scorer import ProbeKind
 from guard.sites import ModelShape, SiteKind
 from guard.verdict import Decision, Rule, Threshold
@@ -149,6 +150,8 @@ class GuardCard(_Card):
     """Facts of the making: versions, date, command, seed."""
     adapters: tuple[AdapterCard, ...] = ()
     """The LoRA adapters that may be served under this guard."""
+    patches: tuple[PatchCard, ...] = Field(default=(), max_length=MOST_PATCHES)
+    """What a policy may have done to a flagged request instead of refusing it, by name."""
 
     @model_validator(mode="after")
     def _consistent(self) -> GuardCard:
@@ -168,6 +171,10 @@ class GuardCard(_Card):
         self.threshold(self.default_false_positive_rate)
         if len({adapter.name for adapter in self.adapters}) < len(self.adapters):
             raise ValueError("two adapters have one name")
+        if len({patch.name for patch in self.patches}) < len(self.patches):
+            raise ValueError("two patches have one name")
+        for patch in self.patches:
+            patch.check(shape)
         for adapter in self.adapters:
             _check_logits(self.self_test.prompts, adapter.self_test, adapter.tolerance)
         return self
@@ -204,6 +211,8 @@ def card_bytes(card: GuardCard) -> bytes:
     if not card.adapters:
         # Left out, not empty: bundles made before adapters were known keep their bytes and their digest.
         del document["adapters"]
+    if not card.patches:
+        del document["patches"]
     if not card.model.first_mlp_layer:
         del document["model"]["first_mlp_layer"]
     return (json.dumps(document, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()

@@ -24,7 +24,7 @@ import secrets
 import time
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from guard.sealed import Keyring, SealError
 
@@ -34,10 +34,10 @@ STATUS_PATH = "/guard/status"
 STATUS_SEAL_HEADER = "x-guard-status-seal"
 
 Mode = Literal["enforce", "observe", "check"]
-RuleAction = Literal["pass", "tag", "refuse"]
-Action = Literal["pass", "tag", "refuse", "checked", "error"]
+RuleAction = Literal["pass", "tag", "patch", "refuse"]
+Action = Literal["pass", "tag", "patch", "refuse", "checked", "error"]
 # The order of severity: the binding verdict of siblings is the one that comes last here.
-SEVERITY: tuple[Action, ...] = ("pass", "tag", "checked", "refuse", "error")
+SEVERITY: tuple[Action, ...] = ("pass", "tag", "patch", "checked", "refuse", "error")
 
 # What can be wrong with a directive or a verdict besides its seal (``guard.sealed.SEAL_ERRORS``).
 DIRECTIVE_ERRORS = (
@@ -72,6 +72,16 @@ class Rule(_Wire):
 
     above: float = Field(ge=0.0, le=1.0)
     action: RuleAction
+    patch: str | None = Field(default=None, min_length=1, max_length=64)
+    """For ``patch``: the name of one of the bundle's patches."""
+    still_unsafe: Literal["refuse", "pass"] = "refuse"
+    """For ``patch``: what happens when the patched run's score leads to ``patch`` or ``refuse`` again."""
+
+    @model_validator(mode="after")
+    def _named(self) -> Rule:
+        if (self.patch is not None) != (self.action == "patch"):
+            raise ValueError("a rule names a patch if its action is patch, and only then")
+        return self
 
 
 class Decision(_Wire):
@@ -85,9 +95,19 @@ class Decision(_Wire):
     mode: Mode = "enforce"
     rules: tuple[Rule, ...] = Field(max_length=8)
 
+    def match(self, probability: float) -> Rule | None:
+        """The first rule at or below ``probability``."""
+        return next((rule for rule in self.rules if probability >= rule.above), None)
+
     def decide(self, probability: float) -> RuleAction:
         """The action of the first rule at or below ``probability``; ``pass`` when none matches."""
-        return next((rule.action for rule in self.rules if probability >= rule.above), "pass")
+        rule = self.match(probability)
+        return rule.action if rule else "pass"
+
+    @property
+    def patches(self) -> set[str]:
+        """The patches that its rules name."""
+        return {rule.patch for rule in self.rules if rule.patch is not None}
 
     @property
     def threshold(self) -> float | None:
@@ -151,7 +171,7 @@ class Verdict(_Wire):
 
     version: Literal[1] = 1
     action: Action
-    """What was done: passed, tagged, refused, ``checked`` (mode ``check``), or failed closed (``error``)."""
+    """What was done. ``checked`` is mode ``check``'s; ``error`` failed closed."""
     decision: RuleAction | None
     """What the rules said; differs from ``action`` in the modes ``observe`` and ``check``. None on error."""
     probability: float | None = Field(ge=0.0, le=1.0)
@@ -159,6 +179,10 @@ class Verdict(_Wire):
     """The probe's raw output, before calibration."""
     threshold: float | None
     """The lowest P(unsafe) that leads to a refusal under the policy in force."""
+    patch: str | None = None
+    """The patch under which the answer is made, or was to be made before it was refused."""
+    patched_probability: float | None = Field(default=None, ge=0.0, le=1.0)
+    """P(unsafe) of the patched run, whose prompt is scored again; None for a prefix and without a patch."""
     unsafe: bool
     """Whether the rules say anything but ``pass``. True on error."""
     mode: Mode
@@ -228,6 +252,8 @@ class EngineStatus(_Wire):
     label: Literal["unsafe_output", "harmful_prompt"]
     """Which question the bundle's probe answers."""
     thresholds: tuple[Threshold, ...]
+    patches: tuple[str, ...] = ()
+    """Names of the bundle's patches."""
     default: Decision
     """What the engine applies to requests without a directive."""
     guard_version: str

@@ -66,3 +66,32 @@ class ScoreBuffers:
         done = torch.Event(self._device)
         done.record()
         return PendingScores(request_ids, host, done)
+
+
+class TokenSlots:
+    """A number for each token of a step, the same storage in every step: 0, or which patch it is under."""
+
+    def __init__(self, max_tokens: int, device: torch.device) -> None:
+        self._on_host = device.type == "cpu"
+        numbers = torch.zeros(max_tokens, dtype=torch.int64)
+        self.numbers: NDArray[np.int64] = numbers.numpy()
+        """To be written on the host, then sent."""
+        self.there = numbers if self._on_host else numbers.to(device)
+        """int64 ``[max_tokens]`` on the device."""
+        self._turn = 0
+        if not self._on_host:
+            self._staged = torch.zeros((STEPS_IN_FLIGHT, max_tokens), dtype=torch.int64, pin_memory=True)
+
+    @property
+    def bytes(self) -> int:
+        """Device memory."""
+        return self.there.numel() * self.there.element_size()
+
+    def send(self, count: int) -> None:
+        """Bring the first ``count`` numbers to the device."""
+        if self._on_host:
+            return
+        self._turn = (self._turn + 1) % STEPS_IN_FLIGHT
+        staged = self._staged[self._turn, :count]
+        staged.numpy()[:] = self.numbers[:count]
+        self.there[:count].copy_(staged, non_blocking=True)

@@ -46,6 +46,8 @@ class GuardConfig(BaseModel):
     """Applied to requests without a directive."""
     adapters: dict[str, str] = {}
     """LoRA adapters that are served, each one listed in the bundle: directory by name."""
+    donor: str | None = None
+    """Directory of the donor that dynamic patches take activations from, if it has weights of its own."""
 
     @classmethod
     def of(cls, vllm_config: Any) -> GuardConfig:
@@ -68,6 +70,7 @@ class GuardConfig(BaseModel):
         bundle: Bundle,
         default: Decision | None = None,
         adapters: Mapping[str, str] | None = None,
+        donor: str | None = None,
     ) -> GuardConfig:
         """The entry for a loaded bundle; ``default`` is the bundle's own default decision if None."""
         return cls(
@@ -75,6 +78,7 @@ class GuardConfig(BaseModel):
             bundle_sha256=bundle.digest,
             default=default or bundle.card.default_decision,
             adapters=dict(adapters or {}),
+            donor=os.path.abspath(donor) if donor else None,
         )
 
     def entry(self) -> dict[str, Any]:

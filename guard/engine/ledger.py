@@ -2,7 +2,8 @@
 
 Pure decision logic without vLLM. The scheduler opens an entry when a request arrives and closes it when the
 request is freed, whatever the reason. Between the two exactly one verdict is given; a request whose first
-token arrives before it has a score gets the verdict ``error``. Until the self-test has passed, every request
+token arrives before it has a score gets the verdict ``error``. A request that is to be patched is first sent
+back (``Rerun``), and judged on the score of the patched run. Until the self-test has passed, every request
 but the self-test's own prompts ends in ``error``.
 """
 
@@ -15,10 +16,17 @@ from dataclasses import dataclass
 from guard.bundle import AdapterCard, GuardCard
 from guard.engine.selftest import Expected, Key, SelfTestRun
 from guard.sealed import Keyring
-from guard.verdict import Action, Decision, Directive, DirectiveError, Verdict
+from guard.verdict import Action, Decision, Directive, DirectiveError, Rule, RuleAction, Verdict
 
 STOPPING: frozenset[Action] = frozenset({"refuse", "checked", "error"})
 """Actions after which a request shows no token."""
+
+
+@dataclass(frozen=True)
+class Rerun:
+    """Instead of a verdict: run the request again from its first token, under a patch."""
+
+    patch: str
 
 
 @dataclass
@@ -32,11 +40,19 @@ class Entry:
     """Why this request may not be answered whatever its score, as a word for ``Verdict.reason``."""
     self_test: Key | None = None
     """Which part of the self-test this is."""
+    rerun: Rule | None = None
+    """The rule that sent the request back to be patched."""
+    first: tuple[float, float] | None = None
+    """Logit and P(unsafe) of the run before that."""
     verdict: Verdict | None = None
 
 
 class Ledger:
-    """All requests of one engine core. ``unjudged`` holds the ids that have no verdict yet."""
+    """All requests of one engine core.
+
+    ``unjudged`` holds the ids that have no verdict yet, ``slots`` the number of the patch for those that run
+    under one: its place in the card, from 1.
+    """
 
     def __init__(
         self,
@@ -60,7 +76,9 @@ class Ledger:
         self.self_test = SelfTestRun(
             card.self_test, dtype, {name: _expected(listed[name]) for name in adapters}
         )
+        self._patches = {patch.name: (slot, patch) for slot, patch in enumerate(card.patches, start=1)}
         self.unjudged: set[str] = set()
+        self.slots: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -91,26 +109,40 @@ class Ledger:
         self._entries[request_id] = entry
         self.unjudged.add(request_id)
 
-    def judge(self, request_id: str, logit: float | None) -> Verdict:
-        """Give the one verdict of a request. ``logit`` None means that no score came."""
+    def judge(self, request_id: str, logit: float | None) -> Verdict | Rerun:
+        """Give the one verdict of a request, or send it back. ``logit`` None means that no score came."""
         entry = self._entries[request_id]
+        judged = self._judge(entry, logit)
+        if isinstance(judged, Rerun):
+            self.slots[request_id] = self._patches[judged.patch][0]
+            return judged
         self.unjudged.discard(request_id)
+        entry.verdict = judged
+        return judged
+
+    def prefix(self, verdict: Verdict) -> tuple[int, ...]:
+        """Tokens that the answer has to begin with; usually none."""
+        if verdict.action != "patch" or verdict.patch is None:
+            return ()
+        return self._patches[verdict.patch][1].prefix_tokens
+
+    def _judge(self, entry: Entry, logit: float | None) -> Verdict | Rerun:
         if entry.denied is not None:
-            verdict = self._error(entry, entry.denied)
-        elif logit is None:
-            verdict = self._error(entry, "no_score")
-        elif not math.isfinite(logit):
-            verdict = self._error(entry, "score_not_finite")
-        elif entry.self_test is not None and not self.self_test.record(entry.self_test, logit):
-            verdict = self._error(entry, "self_test_mismatch", logit)
-        else:
-            verdict = self._verdict(entry, logit)
-        entry.verdict = verdict
-        return verdict
+            return self._error(entry, entry.denied)
+        if logit is None:
+            return self._error(entry, "no_score")
+        if not math.isfinite(logit):
+            return self._error(entry, "score_not_finite")
+        if entry.self_test is not None and not self.self_test.record(entry.self_test, logit):
+            return self._error(entry, "self_test_mismatch", logit)
+        if entry.rerun is not None:
+            return self._patched(entry, entry.rerun, logit)
+        return self._scored(entry, logit)
 
     def close(self, request_id: str) -> Verdict | None:
         """Forget a request and return its verdict, if it had one. Harmless when it is not known."""
         self.unjudged.discard(request_id)
+        self.slots.pop(request_id, None)
         entry = self._entries.pop(request_id, None)
         return entry.verdict if entry else None
 
@@ -123,21 +155,51 @@ class Ledger:
             entry.denied = f"directive_{error.reason}"
         else:
             entry.decision, entry.nonce = directive.decision, directive.nonce
+            if not entry.decision.patches <= self._patches.keys():
+                entry.denied = "directive_unknown_patch"
 
-    def _verdict(self, entry: Entry, logit: float) -> Verdict:
+    def _scored(self, entry: Entry, logit: float) -> Verdict | Rerun:
         probability = self._card.calibration.probability(logit)
-        decision = entry.decision.decide(probability)
+        rule = entry.decision.match(probability)
+        decision: RuleAction = rule.action if rule else "pass"
+        patch = rule.patch if rule else None
         action: Action = decision
         if entry.decision.mode == "check":
             action = "checked"
         elif entry.decision.mode == "observe":
             action = "pass"
+        elif rule is not None and patch is not None and self._patches[patch][1].kind != "prefix":
+            entry.rerun, entry.first = rule, (logit, probability)
+            return Rerun(patch)
+        return self._verdict(entry, action, decision, logit, probability, patch)
+
+    def _patched(self, entry: Entry, rule: Rule, logit: float) -> Verdict:
+        """Of a run whose prompt was patched; the score that led to the patch stays the verdict's."""
+        after = self._card.calibration.probability(logit)
+        action: Action = "patch"
+        if rule.still_unsafe == "refuse" and entry.decision.decide(after) in ("patch", "refuse"):
+            action = "refuse"
+        before, probability = entry.first or (logit, after)
+        return self._verdict(entry, action, "patch", before, probability, rule.patch, after)
+
+    def _verdict(
+        self,
+        entry: Entry,
+        action: Action,
+        decision: RuleAction,
+        logit: float,
+        probability: float,
+        patch: str | None,
+        patched_probability: float | None = None,
+    ) -> Verdict:
         return Verdict(
             action=action,
             decision=decision,
             probability=probability,
             logit=logit,
             threshold=entry.decision.threshold,
+            patch=patch,
+            patched_probability=patched_probability,
             unsafe=decision != "pass",
             mode=entry.decision.mode,
             policy=entry.decision.policy,

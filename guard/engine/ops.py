@@ -1,8 +1,8 @@
-"""The one operation of a tap: copy chosen elements of a layer's input into the guard's buffer.
+"""The operations inside the forward pass: a tap copies out of a layer's input, a patch writes into it.
 
-It is registered with torch as ``neuronguard::gather``, so that torch.compile keeps it as one opaque node
-and a CUDA graph replays it: it branches on shapes alone, never on data, and what it touches has fixed
-addresses.
+They are registered with torch as ``neuronguard::gather`` and ``neuronguard::patch``, so that torch.compile
+keeps each as one opaque node and a CUDA graph replays it: they branch on shapes alone, never on data, and
+what they touch has fixed addresses.
 """
 
 from __future__ import annotations
@@ -37,10 +37,39 @@ def gather_rows(x: Tensor, index: Tensor, out: Tensor, begin: int, end: int, row
         target.copy_(torch.take(x, index[:rows, begin:end]))
 
 
+def patch(x: Tensor, slot: Tensor, columns: Tensor, scale: Tensor, shift: Tensor) -> None:
+    """``x[t, columns] = x[t, columns] · scale[slot[t]] + shift[slot[t]]`` unless ``slot[t]`` is 0, in place.
+
+    ``x`` is ``[tokens, width]`` (or with further leading dimensions), ``slot`` int64 and at least as long,
+    ``columns`` int64 ``[k]``, ``scale`` and ``shift`` ``[patches + 1, k]`` of the type of ``x``.
+    """
+    rows = x.view(-1, x.shape[-1])
+    here = slot[: rows.shape[0]]
+    old = rows.index_select(1, columns)
+    new = torch.addcmul(shift.index_select(0, here), old, scale.index_select(0, here))
+    rows.index_copy_(1, columns, torch.where((here > 0).unsqueeze(1), new, old))
+
+
+def patch_rows(
+    x: Tensor, rows: Tensor, slot: Tensor | int, columns: Tensor, scale: Tensor, shift: Tensor
+) -> None:
+    """The same for some rows only: int64 ``[n, 1]`` with a slot each ``[n]``, or one slot for all."""
+    flat = x.view(-1, x.shape[-1])
+    flat[rows, columns] = torch.addcmul(shift[slot], flat[rows, columns], scale[slot])
+
+
+def _no_change(x: Tensor, slot: Tensor, columns: Tensor, scale: Tensor, shift: Tensor) -> None:
+    """Shapes only: what torch.compile traces with."""
+
+
 def _nothing(x: Tensor, index: Tensor, out: Tensor, begin: int, end: int, width: int) -> None:
     """Shapes only: what torch.compile traces with."""
 
 
+LIBRARY.define("patch(Tensor(a!) x, Tensor slot, Tensor columns, Tensor scale, Tensor shift) -> ()")
+LIBRARY.impl("patch", patch, "CPU")
+LIBRARY.impl("patch", patch, "CUDA")
+LIBRARY._register_fake("patch", _no_change)
 LIBRARY.define("gather(Tensor x, Tensor index, Tensor(a!) out, int begin, int end, int width) -> ()")
 LIBRARY.impl("gather", gather, "CPU")
 LIBRARY.impl("gather", gather, "CUDA")

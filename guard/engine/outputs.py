@@ -19,6 +19,12 @@ LOGITS_ATTRIBUTE = "neuronguard_logits"
 IDLE_ATTRIBUTE = "neuronguard_idle"
 """Name of the extra attribute of ``SchedulerOutput``: true when nobody in the step waits for a verdict."""
 
+SLOTS_ATTRIBUTE = "neuronguard_slots"
+"""Name of the extra attribute of ``SchedulerOutput``: ``{request id: number of its patch}`` in the step."""
+
+PREFIX_ATTRIBUTE = "neuronguard_prefix"
+"""Name of the extra attribute of ``SchedulerOutput``: ``{request id: output tokens}`` they did not sample."""
+
 
 class ScoredOutput(AsyncModelRunnerOutput):
     """A step's output that is still being computed, with its scores."""

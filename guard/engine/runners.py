@@ -8,7 +8,7 @@ here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from guard.engine.errors import GuardStartupError
@@ -27,6 +27,18 @@ def stage_after_layout(runner: Any, stage: Stage) -> None:
         raise GuardStartupError(
             f"this vLLM uses a model runner whose batches the guard cannot read: {type(runner).__name__}"
         )
+
+
+def tell(runner: Any, tokens: Mapping[str, list[int]]) -> None:
+    """Replace what the runner sampled for requests that come back after a preemption.
+
+    V1 keeps output tokens over a preemption, and takes the scheduler's only with asynchronous scheduling; V2
+    is sent a resumed request as if it were new.
+    """
+    for request_id, given in tokens.items():
+        state = getattr(runner, "requests", {}).get(request_id)
+        if state is not None:
+            state.output_token_ids = list(given)
 
 
 def _wrap_v1(runner: Any, stage: Stage) -> None:

@@ -11,6 +11,7 @@ out again (``guard.engine.frontend``). Cost for a step without a final prompt to
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.sched.utils import check_stop
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import LogprobsLists
 from vllm.v1.request import Request, RequestStatus
@@ -32,8 +34,8 @@ from guard.engine.config import (
     verify_adapters,
     verify_served_model,
 )
-from guard.engine.ledger import STOPPING, Ledger
-from guard.engine.outputs import IDLE_ATTRIBUTE, LOGITS_ATTRIBUTE
+from guard.engine.ledger import STOPPING, Ledger, Rerun
+from guard.engine.outputs import IDLE_ATTRIBUTE, LOGITS_ATTRIBUTE, PREFIX_ATTRIBUTE, SLOTS_ATTRIBUTE
 from guard.engine.support import refuse_too_few_slots, refuse_unsupported
 from guard.verdict import Verdict
 
@@ -60,6 +62,8 @@ class GuardMixin(_Scheduler):
         verify_adapters(bundle, config.adapters)
         refuse_too_few_slots(self.vllm_config, len(config.adapters))
         self._adapters = config.adapters
+        self._digest = bundle.digest
+        self._untold: dict[str, list[int]] = {}
         self.ledger = Ledger(
             bundle.card,
             bundle=bundle.digest,
@@ -88,8 +92,15 @@ class GuardMixin(_Scheduler):
         """Schedule a step, and tell the workers when nobody in it waits for a verdict."""
         scheduler_output = super().schedule(*args, **kwargs)
         # Keys views walk the shorter side: nothing at all while no verdict is due.
-        if scheduler_output.num_scheduled_tokens.keys().isdisjoint(self.ledger.unjudged):
+        scheduled = scheduler_output.num_scheduled_tokens
+        if scheduled.keys().isdisjoint(self.ledger.unjudged):
             setattr(scheduler_output, IDLE_ATTRIBUTE, True)
+        if slots := self.ledger.slots:
+            here = {rid: slots[rid] for rid in slots.keys() & scheduled.keys()}
+            setattr(scheduler_output, SLOTS_ATTRIBUTE, here)
+        if self._untold:
+            told = {rid: self._untold.pop(rid) for rid in self._untold.keys() & scheduled.keys()}
+            setattr(scheduler_output, PREFIX_ATTRIBUTE, told)
         return scheduler_output
 
     def update_from_output(
@@ -98,11 +109,20 @@ class GuardMixin(_Scheduler):
         """Judge the requests whose prompt ended in this step; silence those that must not speak."""
         if scheduler_output.num_scheduled_tokens.keys().isdisjoint(self.ledger.unjudged):
             return super().update_from_output(scheduler_output, model_runner_output)
-        verdicts = self._judge(scheduler_output, model_runner_output)
+        judged = self._judge(scheduler_output, model_runner_output)
+        verdicts = {rid: found for rid, found in judged.items() if isinstance(found, Verdict)}
+        reruns = {rid: found for rid, found in judged.items() if isinstance(found, Rerun)}
         stopped = [rid for rid, verdict in verdicts.items() if verdict.action in STOPPING]
-        for rid in stopped:
+        prefixes = {rid: tokens for rid, found in verdicts.items() if (tokens := self.ledger.prefix(found))}
+        for rid in (*stopped, *reruns, *prefixes):
             _silence(model_runner_output, rid)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for rid, rerun in reruns.items():
+            if (request := self.requests.get(rid)) is not None:
+                self._send_back(request, salt=rerun.patch)
+        for rid, tokens in prefixes.items():
+            if (request := self.requests.get(rid)) is not None:
+                self._begin_with(request, tokens, outputs)
         for engine_outputs in outputs.values():
             for output in engine_outputs.outputs:
                 if (verdict := verdicts.get(output.request_id)) is not None:
@@ -112,11 +132,11 @@ class GuardMixin(_Scheduler):
                 self._stop(request, verdicts[rid], outputs)
         return outputs
 
-    def _judge(self, scheduler_output: Any, model_runner_output: Any) -> dict[str, Verdict]:
-        """Verdicts of this step, by request id."""
+    def _judge(self, scheduler_output: Any, model_runner_output: Any) -> dict[str, Verdict | Rerun]:
+        """Verdicts of this step, and requests that have to run again, by request id."""
         logits: dict[str, float] = getattr(model_runner_output, LOGITS_ATTRIBUTE, {})
         tokens, row = model_runner_output.sampled_token_ids, model_runner_output.req_id_to_index
-        verdicts = {}
+        verdicts: dict[str, Verdict | Rerun] = {}
         for rid in self.ledger.unjudged.intersection(scheduler_output.num_scheduled_tokens):
             request = self.requests.get(rid)
             if request is None or request.is_finished():
@@ -128,6 +148,55 @@ class GuardMixin(_Scheduler):
                 continue  # a chunk before the last: neither score nor token
             verdicts[rid] = self.ledger.judge(rid, logit)
         return verdicts
+
+    def _send_back(self, request: Request, *, salt: str | None = None) -> None:
+        """Have a request computed again from its first token on, as after a preemption, in place.
+
+        With ``salt``, its KV blocks are from here on neither found by nor taken from anybody else's: the salt
+        is in the hash of the first block, and hashes chain (vllm/v1/core/kv_cache_utils.py). What is in
+        flight for it is dropped when it comes back.
+        """
+        if salt is not None:
+            request.cache_salt = f"{request.cache_salt or ''}|neuronguard:{self._digest}:{salt}"
+            request.block_hashes.clear()
+            request.update_block_hashes()
+        # Or a request that the step in flight still holds would come back without its tokens.
+        self.prev_step_scheduled_req_ids.discard(request.request_id)
+        if request.status == RequestStatus.RUNNING:
+            self.running.remove(request)
+            self._preempt_request(request, time.monotonic(), drop_stale_output=True)
+        else:  # preempted while the step was in flight: nothing is computed, nothing may be delivered
+            request.drop_stale_output = True
+
+    def _begin_with(
+        self, request: Request, tokens: tuple[int, ...], outputs: dict[int, EngineCoreOutputs]
+    ) -> None:
+        """Make ``tokens`` the beginning of the answer, and let the model go on from there.
+
+        Workers hold what they sampled, so the request goes back to the queue, and they learn its tokens anew.
+        """
+        given = list(tokens[: request.max_tokens])
+        stats = request.take_prefill_stats()
+        if stats is not None:
+            stats.finalize(self.kv_cache_manager.estimate_cached_tokens(request))
+        request.append_output_token_ids(given)
+        if check_stop(request, self.max_model_len):
+            status, request.status = request.status, RequestStatus.RUNNING
+            self.finish_requests(request.request_id, status)
+        else:
+            self._send_back(request)
+            self._untold[request.request_id] = given
+        output = EngineCoreOutput(
+            request_id=request.request_id,
+            new_token_ids=given,
+            new_logprobs=_certain(request, given),
+            finish_reason=request.get_finished_reason(),
+            stop_reason=request.stop_reason,
+            events=request.take_events(),
+            trace_headers=request.trace_headers,
+            prefill_stats=stats,
+        )
+        outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(output)
 
     def _stop(self, request: Request, verdict: Verdict, outputs: dict[int, EngineCoreOutputs]) -> None:
         """Finish a request that shows no token, and say so to its client."""
@@ -161,6 +230,7 @@ class GuardMixin(_Scheduler):
         The verdict rides on the last output too: it is the only one that the offline ``LLM`` class returns.
         """
         verdict = self.ledger.close(request.request_id)
+        self._untold.pop(request.request_id, None)
         params, encoder_params = super()._free_request(request, delay_free_blocks=delay_free_blocks)
         return (_carry(verdict, params) if verdict else params), encoder_params
 
@@ -215,11 +285,17 @@ def _stream_sentinel(request: Request) -> tuple[list[int], LogprobsLists | None]
     if params.output_kind != RequestOutputKind.DELTA:
         return [], None
     token = params.eos_token_id or 0
-    if params.num_logprobs is None:
-        return [token], None
-    columns = max(params.num_logprobs, 0) + 1
-    return [token], LogprobsLists(
-        np.full((1, columns), token, dtype=np.int32),
-        np.zeros((1, columns), dtype=np.float32),
-        np.zeros(1, dtype=np.int32),
+    return [token], _certain(request, [token])
+
+
+def _certain(request: Request, tokens: list[int]) -> LogprobsLists | None:
+    """Log probability 0 for each token, if the client asked for any: the front end wants one row for each."""
+    asked = request.sampling_params.num_logprobs
+    if asked is None:
+        return None
+    shape = len(tokens), max(asked, 0) + 1
+    return LogprobsLists(
+        np.repeat(np.array(tokens, dtype=np.int32)[:, None], shape[1], axis=1),
+        np.zeros(shape, dtype=np.float32),
+        np.zeros(len(tokens), dtype=np.int32),
     )

@@ -11,15 +11,19 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from vllm.config import CUDAGraphMode
+from vllm.config import CUDAGraphMode, set_current_vllm_config
 from vllm.config.compilation import CompilationMode
 from vllm.platforms import current_platform
 
 from guard.engine.buffers import PendingScores
 from guard.engine.config import GuardConfig
-from guard.engine.outputs import IDLE_ATTRIBUTE, attach
+from guard.engine.donor import Donor, dynamic_patches
+from guard.engine.errors import GuardStartupError
+from guard.engine.outputs import IDLE_ATTRIBUTE, PREFIX_ATTRIBUTE, SLOTS_ATTRIBUTE, attach
+from guard.engine.patches import Patches
 from guard.engine.quantisation import refuse_fused
-from guard.engine.runners import stage_after_layout
+from guard.engine.runners import stage_after_layout, tell
+from guard.engine.staging import Layout
 from guard.engine.support import refuse_unsupported
 from guard.engine.taps import Taps, site_layers
 
@@ -32,9 +36,10 @@ logger = logging.getLogger("vllm.neuronguard")
 
 
 class GuardWorker(PlatformWorker):
-    """Reads the bundle's units during the forward pass and scores them after it."""
+    """Reads the bundle's units during the forward pass and scores them after it; patches on request."""
 
     taps: Taps
+    patches: Patches
     _scores: PendingScores | None = None
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
@@ -42,35 +47,68 @@ class GuardWorker(PlatformWorker):
         from vllm.distributed import get_tp_group
 
         refuse_unsupported(self.vllm_config)
-        bundle = GuardConfig.of(self.vllm_config).load_bundle()
+        config = GuardConfig.of(self.vllm_config)
+        bundle = config.load_bundle()
         super().load_model(load_dummy_weights=load_dummy_weights)
         model, group = self.model_runner.get_model(), get_tp_group()
         refuse_fused(model, site_layers(bundle.card, model))
+        common: dict[str, Any] = {
+            "dtype": self.vllm_config.model_config.dtype,
+            "device": self.device,
+            "replayed": is_replayed(self.vllm_config),
+            "rank": group.rank_in_group,
+        }
+        donor = None
+        if dynamic_patches(bundle):
+            if common["replayed"]:
+                raise GuardStartupError(
+                    "patches from a donor run in eager mode only; start with --enforce-eager, or take the "
+                    "dynamic patches out of the bundle"
+                )
+            with set_current_vllm_config(self.vllm_config):
+                donor = Donor(bundle, model, self.vllm_config, config.donor)
         self.taps = Taps(
             bundle,
             model,
             max_requests=self.vllm_config.scheduler_config.max_num_seqs,
-            dtype=self.vllm_config.model_config.dtype,
-            device=self.device,
-            replayed=is_replayed(self.vllm_config),
-            rank=group.rank_in_group,
             all_reduce=group.all_reduce if group.world_size > 1 else None,
+            **common,
         )
-        stage_after_layout(self.model_runner, self.taps.stage)
-        logger.info("the guard takes %.1f MiB beside the model", self.taps.bytes / 2**20)
+        # After the taps, whose hooks come first: a layer is read before it is changed.
+        most = most_tokens(self.vllm_config)
+        self.patches = Patches(bundle, model, max_tokens=most, **common)
+        if donor is not None:
+            donor.attach(self.patches, model, max_tokens=most, rank=group.rank_in_group)
+        stage_after_layout(self.model_runner, self._stage)
+        memory = self.taps.bytes + self.patches.bytes
+        logger.info("the guard takes %.1f MiB beside the model", memory / 2**20)
+
+    def _stage(self, layout: Layout) -> None:
+        self.taps.stage(layout)
+        self.patches.stage(layout)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Launch the forward pass, then the probe on what its taps have read."""
         self.taps.begin(idle=getattr(scheduler_output, IDLE_ATTRIBUTE, False))
+        self.patches.begin(getattr(scheduler_output, SLOTS_ATTRIBUTE, None))
+        if told := getattr(scheduler_output, PREFIX_ATTRIBUTE, None):
+            tell(self.model_runner, told)
         output = super().execute_model(scheduler_output)
         self._scores = self.taps.score()
         self.taps.clear()  # what runs before the next step (dummy batches) is not read
+        self.patches.clear()
         return output
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Sample, and attach the logits of the prompts that ended in this step."""
         scores, self._scores = self._scores, None
         return attach(super().sample_tokens(grammar_output), scores)
+
+
+def most_tokens(vllm_config: Any) -> int:
+    """The most tokens that one forward pass can hold, padding of recorded graphs included."""
+    recorded = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    return max(int(vllm_config.scheduler_config.max_num_batched_tokens), int(recorded))
 
 
 def is_replayed(vllm_config: Any) -> bool:

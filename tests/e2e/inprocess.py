@@ -50,6 +50,7 @@ def guarded(
     *,
     mode: str = "enforce",
     adapters: dict[str, str] | None = None,
+    donor: Path | None = None,
     **options: Any,
 ) -> Any:
     """A guarded ``LLM`` whose self-test has not been run yet; ``mode`` is its default policy's."""
@@ -65,7 +66,9 @@ def guarded(
         str(model),
         worker_cls="guard.engine.worker.GuardWorker",
         scheduler_cls="guard.engine.scheduler.guard_scheduler",
-        additional_config=GuardConfig.for_bundle(str(bundle), loaded, default, adapters).entry(),
+        additional_config=GuardConfig.for_bundle(
+            str(bundle), loaded, default, adapters, str(donor) if donor else None
+        ).entry(),
         **{**ENGINE, **options},
     )
 

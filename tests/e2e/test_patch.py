@@ -1,0 +1,244 @@
+"""Patched answers of the engine against their reference in transformers, side by side in one engine."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from guard import patch as patches
+from guard.bundle import Bundle, Site
+from guard.engine import selftest
+from guard.engine.config import AUDIENCE_ENV, KEY_FILE_ENV
+from guard.locate.decoding import greedy
+from guard.locate.patching import dap_generate
+from guard.locate.twins import Twin
+from guard.patch_card import PatchSite
+from guard.verdict import Decision, Directive, Rule
+from tests.e2e.inprocess import ask, guarded, sampling, scheduler, shut_down
+from tests.engine import world
+
+NEW_TOKENS = 12
+MLP = tuple(range(world.SIZES["intermediate_size"]))
+LAYERS = range(world.SIZES["num_hidden_layers"])
+SOME = (
+    PatchSite(layer=0, kind="mlp", units=tuple(range(0, 176, 3))),
+    PatchSite(layer=1, kind="mlp", units=tuple(range(40, 120))),
+    PatchSite(layer=2, kind="attention", units=(0, 2)),
+)
+EVERY_NEURON = tuple(PatchSite(layer=layer, kind="mlp", units=MLP) for layer in LAYERS)
+END = 256
+PREFIX = (84, 104, 101, 32)
+
+
+def made(shape) -> list[patches.Patch]:
+    rng = np.random.default_rng(7)
+    columns = sum(len(site.columns(shape)) for site in SOME)
+    vector = rng.uniform(0.2, 1.8, (shape.layers, shape.mlp_width)).astype(np.float32)
+    return [
+        patches.stored("zero", SOME, shape, scale=0.0),
+        patches.stored(
+            "mean", SOME, shape, scale=0.0, shift=rng.normal(size=columns).astype(np.float32) * 0.1
+        ),
+        patches.stored("factors", SOME, shape, scale=rng.uniform(0, 2, columns).astype(np.float32)),
+        patches.steering("steer", rng.normal(size=128).astype(np.float32), (1, 2), shape, strength=1.0),
+        patches.from_vector("donor-some", SOME, vector, shape),
+        patches.from_vector("donor-all", EVERY_NEURON, vector, shape),
+        patches.prefix("words", "the words", PREFIX),
+    ]
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle, tmp_path_factory) -> tuple[Bundle, object]:
+    bundle = tiny_bundle
+    for patch in made(tiny_bundle.card.model.shape):
+        bundle = bundle.with_patch(patch)
+    return bundle, bundle.save(tmp_path_factory.mktemp("patched") / "bundle")
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_model, bundle, key_file):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(KEY_FILE_ENV, str(key_file))
+        patch.setenv(AUDIENCE_ENV, "engine")
+        llm = guarded(tiny_model, bundle[1])
+        selftest.run(llm, bundle[0].card.self_test.prompts)
+        yield llm
+        shut_down(llm)
+
+
+@pytest.fixture(scope="module")
+def seal(keys):
+    def make(name: str | None, above: float = 0.0, **options) -> str:
+        rules = (Rule(above=above, action="patch", patch=name, **options),) if name else ()
+        decision = Decision(policy="test", rules=rules)
+        return Directive.issue(decision, audience="engine", body=b"").seal(keys)
+
+    return make
+
+
+PROMPTS = world.prompts(12, seed=3)
+
+
+@pytest.fixture(scope="module")
+def expected(reference, bundle):
+    """Greedy answers in transformers, by name of the patch."""
+    model, found = reference.model, {}
+    prompts = [tuple(p) for p in PROMPTS]
+    settings = {"new_tokens": NEW_TOKENS}
+    found[None] = greedy(Twin(model), prompts, **settings)
+    for patch in bundle[0].patches.values():
+        if patch.card.kind == "stored":
+            with patches.applied(patch, model):
+                found[patch.card.name] = greedy(Twin(model), prompts, **settings)
+        elif patch.card.kind == "dynamic":
+            vector = {layer: torch.from_numpy(row) for layer, row in enumerate(patch.arrays["vector"])}
+            donor = Twin(model, vector)
+            units = tuple(Site(**site.model_dump()) for site in patch.card.sites)
+            found[patch.card.name] = dap_generate(Twin(model), donor, units, prompts, **settings)
+            found["the donor"] = greedy(donor, prompts, **settings)
+        else:
+            began = greedy(Twin(model), [(*p, *PREFIX) for p in prompts], new_tokens=NEW_TOKENS - len(PREFIX))
+            found[patch.card.name] = [(*PREFIX, *tokens) for tokens in began]
+    return found
+
+
+def shown(answer) -> tuple[int, ...]:
+    """Tokens without the end of text, as references have them."""
+    return tuple(token for token in answer.tokens if token != END)
+
+
+def run(llm, seal, names, **options):
+    """Each prompt under each name, all in one batch of requests."""
+    order = [(name, i) for i in range(len(PROMPTS)) for name in names]
+    params = [
+        sampling(seal(name, still_unsafe="pass") if name else seal(None), max_tokens=NEW_TOKENS, **options)
+        for name, _ in order
+    ]
+    answers = ask(llm, [PROMPTS[i] for _, i in order], params)
+    return dict(zip(order, answers, strict=True))
+
+
+NAMES = (None, "zero", "mean", "factors", "steer", "donor-some", "donor-all", "words")
+
+
+def test_every_patch_answers_as_its_reference_beside_all_others(llm, seal, expected):
+    """Three rounds over a warm prefix cache: no block of one is ever used by another."""
+    for _ in range(3):
+        for (name, i), got in run(llm, seal, NAMES).items():
+            assert shown(got) == expected[name][i], (name, i)
+            assert (got.verdict.action, got.verdict.patch) == ("patch" if name else "pass", name)
+
+
+def test_every_neuron_from_the_donor_is_the_donor(expected):
+    assert expected["donor-all"] == expected["the donor"]
+    assert expected["the donor"] != expected[None]
+
+
+def test_the_patched_prompt_is_scored_again(llm, seal, bundle, reference):
+    """By a probe that reads below the patched layer, and what was made of it above."""
+    patch = bundle[0].patches["factors"]
+    before = bundle[0].logits(np.stack([reference.features(p) for p in PROMPTS]))
+    with patches.applied(patch, reference.model):
+        after = bundle[0].logits(np.stack([reference.features(p) for p in PROMPTS]))
+    probability = bundle[0].card.calibration.probability
+    answers = run(llm, seal, ["factors"])
+    for (_, i), got in answers.items():
+        assert got.verdict.logit == pytest.approx(before[i], abs=1e-3)
+        assert got.verdict.patched_probability == pytest.approx(probability(float(after[i])), abs=1e-3)
+    assert np.abs(before - after).max() > 0.1
+
+
+def test_a_request_that_is_still_unsafe_is_refused_unless_the_policy_says_pass(llm, seal, bundle, expected):
+    above = 0.5
+    asked = {"refuse": sampling(seal("factors", above), max_tokens=NEW_TOKENS)}
+    asked["pass"] = sampling(seal("factors", above, still_unsafe="pass"), max_tokens=NEW_TOKENS)
+    seen = set()
+    for still_unsafe, params in asked.items():
+        for i, got in enumerate(ask(llm, PROMPTS, params)):
+            verdict = got.verdict
+            if verdict.probability < above:
+                assert (verdict.action, verdict.patch, shown(got)) == ("pass", None, expected[None][i])
+            elif verdict.patched_probability >= above and still_unsafe == "refuse":
+                assert (verdict.action, verdict.patch, got.tokens) == ("refuse", "factors", [])
+            else:
+                assert (verdict.action, verdict.patch) == ("patch", "factors")
+                assert shown(got) == expected["factors"][i]
+            seen.add((still_unsafe, verdict.action))
+    assert seen >= {("refuse", "refuse"), ("refuse", "pass"), ("pass", "patch"), ("pass", "pass")}
+
+
+def test_preempted_patched_requests_stay_patched(llm, seal, expected, monkeypatch):
+    """In a pool that is too small: some are preempted before the flag, some between the runs, some after."""
+    engine = scheduler(llm)
+    engine.reset_prefix_cache()
+    seen, original = set(), engine._preempt_request
+
+    def preempt(request, *args, **kwargs):
+        if not kwargs.get("drop_stale_output"):
+            rid = request.request_id
+            seen.add((rid in engine.ledger.slots, rid in engine.ledger.unjudged))
+        return original(request, *args, **kwargs)
+
+    monkeypatch.setattr(engine, "_preempt_request", preempt)
+    prompts = world.prompts(24, seed=33, shortest=100, longest=250)
+    names = ["zero", "donor-some", None]
+    order = [names[i % 3] for i in range(len(prompts))]
+    params = [
+        sampling(seal(name, still_unsafe="pass") if name else seal(None), max_tokens=120, ignore_eos=True)
+        for name in order
+    ]
+    together = ask(llm, prompts, params)
+    assert seen >= {(True, True), (True, False), (False, False)}
+    monkeypatch.undo()
+    engine.reset_prefix_cache()
+    alone = [ask(llm, [prompt], one)[0] for prompt, one in zip(prompts[:9], params, strict=False)]
+    assert [got.tokens for got in together[:9]] == [got.tokens for got in alone]
+    assert len(engine.ledger) == 0
+    assert engine.kv_cache_manager.block_pool.get_num_free_blocks() == 39  # all but the null block
+
+
+def test_a_later_turn_is_scored_afresh_and_answered_as_by_a_fresh_engine(llm, seal, expected):
+    (first,) = ask(
+        llm, [PROMPTS[0]], sampling(seal("zero", still_unsafe="pass"), max_tokens=40, ignore_eos=True)
+    )
+    turn = PROMPTS[0] + first.tokens + PROMPTS[1]
+    warm = ask(llm, [turn], sampling(seal(None)))[0]
+    scheduler(llm).reset_prefix_cache()
+    fresh = ask(llm, [turn], sampling(seal(None)))[0]
+    assert warm.tokens == fresh.tokens
+    assert warm.verdict.logit == pytest.approx(fresh.verdict.logit, abs=1e-4)
+
+
+def test_observing_and_checking_patch_nothing(llm, keys, expected):
+    rule = Rule(above=0.0, action="patch", patch="zero")
+    for mode, tokens in (("observe", expected[None][0]), ("check", ())):
+        decision = Decision(policy="test", mode=mode, rules=(rule,))
+        directive = Directive.issue(decision, audience="engine", body=b"").seal(keys)
+        (got,) = ask(llm, [PROMPTS[0]], sampling(directive, max_tokens=NEW_TOKENS))
+        assert shown(got) == tokens
+        assert (got.verdict.decision, got.verdict.patch, got.verdict.patched_probability) == (
+            "patch",
+            "zero",
+            None,
+        )
+
+
+def test_an_unknown_patch_is_an_error_and_no_answer(llm, seal):
+    (got,) = ask(llm, [PROMPTS[0]], sampling(seal("other")))
+    assert (got.finish_reason, got.tokens, got.verdict.reason) == ("error", [], "directive_unknown_patch")
+
+
+@pytest.mark.parametrize("longest", [2, len(PREFIX), NEW_TOKENS])
+def test_a_prefix_ends_where_the_answer_must(llm, seal, expected, longest):
+    (got,) = ask(llm, [PROMPTS[0]], sampling(seal("words"), max_tokens=longest, logprobs=1))
+    assert tuple(got.tokens) == expected["words"][0][:longest]
+    assert got.finish_reason == "length"
+    assert len(got.output.outputs[0].logprobs) == longest
+
+
+def test_siblings_are_patched_alike(llm, seal, expected):
+    params = sampling(seal("zero", still_unsafe="pass"), max_tokens=NEW_TOKENS, n=3, temperature=1e-6, seed=1)
+    (output,) = llm.generate([{"prompt_token_ids": PROMPTS[0]}], params, use_tqdm=False)
+    for completion in output.outputs:
+        assert tuple(t for t in completion.token_ids if t != END) == expected["zero"][0]
