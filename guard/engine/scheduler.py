@@ -114,6 +114,7 @@ class GuardMixin(_Scheduler):
         reruns = {rid: found for rid, found in judged.items() if isinstance(found, Rerun)}
         stopped = [rid for rid, verdict in verdicts.items() if verdict.action in STOPPING]
         prefixes = {rid: tokens for rid, found in verdicts.items() if (tokens := self.ledger.prefix(found))}
+        prompt_logprobs = {rid: model_runner_output.prompt_logprobs_dict.get(rid) for rid in prefixes}
         for rid in (*stopped, *reruns, *prefixes):
             _silence(model_runner_output, rid)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
@@ -122,7 +123,7 @@ class GuardMixin(_Scheduler):
                 self._send_back(request, salt=rerun.patch)
         for rid, tokens in prefixes.items():
             if (request := self.requests.get(rid)) is not None:
-                self._begin_with(request, tokens, outputs)
+                self._begin_with(request, tokens, prompt_logprobs[rid], outputs)
         for engine_outputs in outputs.values():
             for output in engine_outputs.outputs:
                 if (verdict := verdicts.get(output.request_id)) is not None:
@@ -169,7 +170,11 @@ class GuardMixin(_Scheduler):
             request.drop_stale_output = True
 
     def _begin_with(
-        self, request: Request, tokens: tuple[int, ...], outputs: dict[int, EngineCoreOutputs]
+        self,
+        request: Request,
+        tokens: tuple[int, ...],
+        prompt_logprobs: Any,
+        outputs: dict[int, EngineCoreOutputs],
     ) -> None:
         """Make ``tokens`` the beginning of the answer, and let the model go on from there.
 
@@ -190,6 +195,7 @@ class GuardMixin(_Scheduler):
             request_id=request.request_id,
             new_token_ids=given,
             new_logprobs=_certain(request, given),
+            new_prompt_logprobs_tensors=prompt_logprobs,
             finish_reason=request.get_finished_reason(),
             stop_reason=request.stop_reason,
             events=request.take_events(),

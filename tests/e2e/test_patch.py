@@ -23,7 +23,7 @@ MLP = tuple(range(world.SIZES["intermediate_size"]))
 LAYERS = range(world.SIZES["num_hidden_layers"])
 SOME = (
     PatchSite(layer=0, kind="mlp", units=tuple(range(0, 176, 3))),
-    PatchSite(layer=1, kind="mlp", units=tuple(range(40, 120))),
+    PatchSite(layer=1, kind="mlp", units=tuple(range(20, 100))),
     PatchSite(layer=2, kind="attention", units=(0, 2)),
 )
 EVERY_NEURON = tuple(PatchSite(layer=layer, kind="mlp", units=MLP) for layer in LAYERS)
@@ -172,15 +172,25 @@ def test_preempted_patched_requests_stay_patched(llm, seal, expected, monkeypatc
     """In a pool that is too small: some are preempted before the flag, some between the runs, some after."""
     engine = scheduler(llm)
     engine.reset_prefix_cache()
-    seen, original = set(), engine._preempt_request
+    seen, original, schedule = set(), engine._preempt_request, engine.schedule
+
+    def state(request):
+        return request.request_id in engine.ledger.slots, request.request_id in engine.ledger.unjudged
 
     def preempt(request, *args, **kwargs):
         if not kwargs.get("drop_stale_output"):
-            rid = request.request_id
-            seen.add((rid in engine.ledger.slots, rid in engine.ledger.unjudged))
+            seen.add(state(request))
         return original(request, *args, **kwargs)
 
+    def one_between_the_runs(*args, **kwargs):
+        between = [r for r in engine.running if state(r) == (True, True) and r.num_computed_tokens > 0]
+        if between and (True, True) not in seen:  # too rare to wait for
+            engine.running.remove(between[0])
+            engine._preempt_request(between[0], 0.0)
+        return schedule(*args, **kwargs)
+
     monkeypatch.setattr(engine, "_preempt_request", preempt)
+    monkeypatch.setattr(engine, "schedule", one_between_the_runs)
     prompts = world.prompts(24, seed=33, shortest=100, longest=250)
     names = ["zero", "donor-some", None]
     order = [names[i % 3] for i in range(len(prompts))]
@@ -238,7 +248,7 @@ def test_a_prefix_ends_where_the_answer_must(llm, seal, expected, longest):
 
 
 def test_siblings_are_patched_alike(llm, seal, expected):
-    params = sampling(seal("zero", still_unsafe="pass"), max_tokens=NEW_TOKENS, n=3, temperature=1e-6, seed=1)
+    params = sampling(seal("zero", still_unsafe="pass"), max_tokens=NEW_TOKENS, n=3, temperature=1e-3)
     (output,) = llm.generate([{"prompt_token_ids": PROMPTS[0]}], params, use_tqdm=False)
     for completion in output.outputs:
         assert tuple(t for t in completion.token_ids if t != END) == expected["zero"][0]

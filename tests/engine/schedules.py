@@ -11,17 +11,27 @@ from hypothesis import strategies as st
 
 from guard.verdict import Action, Decision, Rule
 
-Order = Literal["none", "enforce", "observe", "check", "open", "forged"]
-"""The directive that a request carries."""
+Order = Literal["none", "enforce", "observe", "check", "open", "forged", "patch", "stubborn", "begin"]
+"""The directive that a request carries.
+
+``patch`` is patched and then safe, ``stubborn`` patched and still unsafe, ``begin`` begins with given words.
+"""
 Score = Literal["low", "high", "nan", "missing"]
 LOGIT = 20.0
 """Far from every threshold."""
 LONGEST = 300
+PREFIX = (7, 8, 9)
+"""Tokens of those words."""
+PATCHED = 500
+"""Added to a request's number in the tokens of a patched model."""
 DECISIONS: dict[Order, Decision] = {
     "enforce": Decision(policy="p", mode="enforce", rules=(Rule(above=0.5, action="refuse"),)),
     "observe": Decision(policy="p", mode="observe", rules=(Rule(above=0.5, action="refuse"),)),
     "check": Decision(policy="p", mode="check", rules=(Rule(above=0.5, action="refuse"),)),
     "open": Decision(policy="p", mode="enforce", rules=()),
+    "patch": Decision(policy="p", rules=(Rule(above=0.5, action="patch", patch="zero"),)),
+    "stubborn": Decision(policy="p", rules=(Rule(above=0.5, action="patch", patch="zero"),)),
+    "begin": Decision(policy="p", rules=(Rule(above=0.5, action="patch", patch="words"),)),
 }
 _SHARED = [random.Random(7).randrange(256) for _ in range(LONGEST)]
 
@@ -67,11 +77,16 @@ class Asked:
             return "error"
         if self.order == "check":
             return "checked"
-        return "refuse" if self.score == "high" and self.order in ("none", "enforce") else "pass"
+        if self.score != "high" or self.order in ("open", "observe"):
+            return "pass"
+        return "patch" if self.order in ("patch", "begin") else "refuse"
 
     def answer(self, number: int) -> list[int]:
         """The tokens that the model gives when it runs alone."""
-        return [token(number, position) for position in range(self.length, self.length + self.max_tokens)]
+        first = list(PREFIX) if self.action == "patch" and self.order == "begin" else []
+        whose = number + PATCHED * (self.action == "patch" and self.order == "patch")
+        positions = range(self.length + len(first), self.length + self.max_tokens)
+        return [*first, *(token(whose, position) for position in positions)][: self.max_tokens]
 
 
 @dataclass(frozen=True)
@@ -95,7 +110,21 @@ ASKED = st.builds(
     Asked,
     length=st.one_of(st.integers(1, LONGEST), st.sampled_from((1, 15, 16, 17, 33, 48, 64, 65, 128, LONGEST))),
     shared=st.sampled_from((0, 0, 40, LONGEST)),
-    order=st.sampled_from(("none", "none", "enforce", "observe", "check", "open", "forged")),
+    order=st.sampled_from(
+        (
+            "none",
+            "none",
+            "enforce",
+            "observe",
+            "check",
+            "open",
+            "forged",
+            "patch",
+            "patch",
+            "stubborn",
+            "begin",
+        )
+    ),
     score=st.sampled_from(("low", "low", "low", "high", "high", "nan", "missing")),
     max_tokens=st.integers(1, 40),
     arrives=st.one_of(st.just(0), STEPS),

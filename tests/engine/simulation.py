@@ -7,6 +7,7 @@ its ``step_with_batch_queue`` with two.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
@@ -17,10 +18,10 @@ from vllm.v1.request import RequestStatus
 
 from guard.engine.config import CONFIG_KEY
 from guard.engine.ledger import STOPPING
-from guard.engine.outputs import IDLE_ATTRIBUTE, LOGITS_ATTRIBUTE
+from guard.engine.outputs import IDLE_ATTRIBUTE, LOGITS_ATTRIBUTE, SLOTS_ATTRIBUTE
 from guard.verdict import Verdict
 from tests.engine.schedulers import DRAFTS, Mode, World
-from tests.engine.schedules import Asked, Schedule, token
+from tests.engine.schedules import PATCHED, Asked, Schedule, token
 
 
 @dataclass
@@ -39,6 +40,8 @@ class Runner:
     def __init__(self, drafts: random.Random) -> None:
         self.numbers: dict[str, int] = {}
         self.logits: dict[str, float | None] = {}
+        self.patched: dict[str, float] = {}
+        """Logits of those that would score otherwise under a patch."""
         self.wants_logprobs: set[str] = set()
         self._prompt: dict[str, int] = {}
         self._known: dict[str, int] = {}
@@ -75,7 +78,9 @@ class Runner:
         for rid, sampled in zip(names, tokens, strict=True):
             if rid in self.wants_logprobs and sampled and rid in ends:
                 output.prompt_logprobs_dict[rid] = LogprobsTensors.empty_cpu(1, 1)
-        logits = {rid: logit for rid in sorted(ends) if (logit := self.logits[rid]) is not None}
+        slots = getattr(scheduled, SLOTS_ATTRIBUTE, {})
+        scores = self.logits | {rid: self.patched[rid] for rid in slots if rid in self.patched}
+        logits = {rid: logit for rid in sorted(ends) if (logit := scores[rid]) is not None}
         if logits and not getattr(scheduled, IDLE_ATTRIBUTE, False):
             setattr(output, LOGITS_ATTRIBUTE, logits)
         return Step(scheduled, output, ends)
@@ -88,7 +93,8 @@ class Runner:
             return []
         accepted = self._random.randint(0, len(drafts)) if drafts and -1 not in drafts else 0
         self._known[rid] = end + accepted + 1
-        return [token(self.numbers[rid], position) for position in range(end, end + accepted + 1)]
+        number = self.numbers[rid] + PATCHED * (rid in getattr(scheduled, SLOTS_ATTRIBUTE, {}))
+        return [token(number, position) for position in range(end, end + accepted + 1)]
 
     def propose(self, scheduled: Any) -> DraftTokenIds:
         names = list(scheduled.num_scheduled_tokens)
@@ -131,6 +137,8 @@ class Engine:
 
     def add(self, name: str, prompt: list[int], asked: Asked, number: int, logit: float | None) -> None:
         self.runner.numbers[name], self.runner.logits[name] = number, logit
+        if asked.order == "patch":
+            self.runner.patched[name] = -abs(logit) if logit is not None else math.nan
         if asked.logprobs is not None:
             self.runner.wants_logprobs.add(name)
         self.scheduler.add_request(self.world.request(name, prompt, asked, number))

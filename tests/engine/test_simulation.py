@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 
+from guard.patch import prefix, stored
+from guard.patch_card import PatchSite
 from tests.engine import world
-from tests.engine.schedules import SCHEDULES, Asked, Schedule, Score
+from tests.engine.schedules import PREFIX, SCHEDULES, Asked, Order, Schedule, Score
 
 pytestmark = [  # vLLM and its dependencies warn a lot
     pytest.mark.filterwarnings("ignore"),
@@ -73,7 +75,10 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     root = tmp_path_factory.mktemp("simulated")
     model = world.make_model(root / "model")
-    world.make_bundle(root / "bundle", model)
+    bundle = world.make_bundle(root / "bundle", model)
+    shape = bundle.card.model.shape
+    zero = stored("zero", [PatchSite(layer=0, kind="mlp", units=(0, 1))], shape, scale=0.0)
+    bundle.with_patch(zero).with_patch(prefix("words", "some words", PREFIX)).save(root / "bundle")
     with pytest.MonkeyPatch.context() as patch:
         yield World(model, root / "bundle", root / "keys", patch)
 
@@ -91,7 +96,7 @@ def run(simulated: Any, mode: str, schedule: Schedule) -> Any:
         answer = engine.answers[str(number)]
         if answer.aborted:
             check_begun(answer, asked, number)
-        elif asked.action == "pass":
+        elif asked.action in ("pass", "patch"):
             check_passed(answer, asked, number)
         else:
             check_silent(answer, asked)
@@ -116,7 +121,7 @@ def check_begun(answer: Any, asked: Asked, number: int) -> None:
     assert answer.tokens == asked.answer(number)[: len(answer.tokens)]
     assert answer.finished is None
     if answer.outputs:
-        assert asked.action == "pass"
+        assert asked.action in ("pass", "patch")
         check_verdict(answer, asked, number)
 
 
@@ -177,6 +182,14 @@ def test_each_awkward_moment_is_reached_and_changes_nothing(simulated: Any, case
     assert engine.seen[case] > 0
     number = str(len(others.asked))
     assert engine.preempted == ({number} if case.startswith("preempted") else set())
+
+
+@pytest.mark.parametrize("order", ["patch", "stubborn", "begin"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_request_that_is_patched_survives_each_of_them(simulated: Any, case: str, order: Order) -> None:
+    mode, asked, others = CASES[case]
+    patched = replace(asked, score="high", order=order)
+    run(simulated, mode, replace(others, asked=(*others.asked, patched)))
 
 
 @pytest.mark.parametrize("mode", MODES)
