@@ -34,13 +34,17 @@ def run(
     *,
     bundle: Path | None = None,
     mode: str = "enforce",
+    patch: str | None = None,
     max_tokens: int = 16,
     rounds: int = 2,
     options: dict[str, Any] | None = None,
     environment: dict[str, str] | None = None,
     name: str = "child",
 ) -> Result:
-    """Run ``prompts`` greedily, ``rounds`` times; with a bundle under its default policy in ``mode``."""
+    """Run ``prompts`` greedily, ``rounds`` times; with a bundle under its default policy in ``mode``.
+
+    With ``patch``, all of them are patched instead.
+    """
     job, result = folder / f"{name}.json", folder / f"{name}-result.json"
     job.write_text(
         json.dumps(
@@ -48,6 +52,7 @@ def run(
                 "model": str(model),
                 "bundle": bundle and str(bundle),
                 "mode": mode,
+                "patch": patch,
                 "options": options or {},
                 "prompts": prompts,
                 "max_tokens": max_tokens,
@@ -81,7 +86,9 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         from guard.engine import selftest, taps
 
         bundle = Bundle.load(job["bundle"])
-        llm = guarded(Path(job["model"]), Path(job["bundle"]), mode=job["mode"], **job["options"])
+        llm = guarded(
+            Path(job["model"]), Path(job["bundle"]), mode=job["mode"], patch=job["patch"], **job["options"]
+        )
         facts["calls"] = 0
         forward = taps.Tap.forward
 

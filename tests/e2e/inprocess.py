@@ -51,17 +51,25 @@ def guarded(
     mode: str = "enforce",
     adapters: dict[str, str] | None = None,
     donor: Path | None = None,
+    patch: str | None = None,
     **options: Any,
 ) -> Any:
-    """A guarded ``LLM`` whose self-test has not been run yet; ``mode`` is its default policy's."""
+    """A guarded ``LLM`` whose self-test has not been run yet; ``mode`` is its default policy's.
+
+    With ``patch``, the default policy patches every request.
+    """
     os.environ.update(SETTINGS)
     from vllm import LLM
 
     from guard.bundle import Bundle
     from guard.engine.config import GuardConfig
+    from guard.verdict import Decision, Rule
 
     loaded = Bundle.load(bundle)
     default = loaded.card.default_decision.model_copy(update={"mode": mode})
+    if patch is not None:
+        rule = Rule(above=0.0, action="patch", patch=patch, still_unsafe="pass")
+        default = Decision(policy="patch", rules=(rule,))
     return LLM(
         str(model),
         worker_cls="guard.engine.worker.GuardWorker",

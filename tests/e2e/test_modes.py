@@ -16,12 +16,31 @@ from guard.capture import read_prompts
 from guard.checkpoint import Checkpoint
 from guard.scorer import Scorer
 from tests.e2e import child
+from tests.e2e.patched_world import NEW_TOKENS, answers, made, shown
 from tests.engine import architectures, world
 
 
 @pytest.fixture(scope="module")
 def prompts():
     return world.prompts(60, seed=71, longest=250)
+
+
+@pytest.fixture(scope="module")
+def patched_bundle(tiny_bundle, tmp_path_factory):
+    bundle = tiny_bundle
+    for patch in made(bundle.card.model.shape):
+        bundle = bundle.with_patch(patch)
+    return bundle, bundle.save(tmp_path_factory.mktemp("patched") / "bundle")
+
+
+@pytest.fixture(scope="module")
+def stored_bundle(tiny_bundle, tmp_path_factory):
+    """Without patches from a donor, which need an eager engine."""
+    bundle = tiny_bundle
+    for patch in made(bundle.card.model.shape):
+        if patch.card.kind != "dynamic":
+            bundle = bundle.with_patch(patch)
+    return bundle, bundle.save(tmp_path_factory.mktemp("stored") / "bundle")
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +103,18 @@ class TestCompiled:
         assert_untouched(again, plain)
         assert np.abs(np.array(again.logits) - expected).max() <= 1e-3
 
+    def test_stored_patches_answer_as_their_reference(
+        self, folder, tiny_model, reference, stored_bundle, prompts, options
+    ):
+        bundle, directory = stored_bundle
+        few = prompts[:20]
+        expected = answers(reference.model, bundle.patches["factors"], [tuple(p) for p in few])
+        result = child.run(
+            folder, tiny_model, few, name="patched", bundle=directory, patch="factors", options=options,
+            max_tokens=NEW_TOKENS, environment={"VLLM_CACHE_ROOT": str(folder / "cache")},
+        )  # fmt: skip
+        assert [[shown(tokens) for tokens in turn] for turn in result.tokens] == [expected] * 2
+
 
 class TestSpeculative:
     """Drafts by n-gram lookup: a prompt's final token may be followed by draft tokens in the same step."""
@@ -144,6 +175,20 @@ class TestHiddenLayer:
 
 class TestTensorParallel:
     """Two ranks, each with half of every input: the probe's first layer is summed over both."""
+
+    @pytest.mark.parametrize("name", ["mean", "donor-some"])
+    def test_patches_answer_as_their_reference(
+        self, tmp_path, tiny_model, reference, patched_bundle, prompts, name
+    ):
+        bundle, directory = patched_bundle
+        few = prompts[:20]
+        expected = answers(reference.model, bundle.patches[name], [tuple(p) for p in few])
+        options, environment = {"tensor_parallel_size": 2}, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+        result = child.run(
+            tmp_path, tiny_model, few, bundle=directory, patch=name, options=options,
+            max_tokens=NEW_TOKENS, environment=environment,
+        )  # fmt: skip
+        assert [[shown(tokens) for tokens in turn] for turn in result.tokens] == [expected] * 2
 
     def test_scores_and_answers_are_right(self, tmp_path, tiny_model, tiny_bundle_dir, prompts, expected):
         options, environment = {"tensor_parallel_size": 2}, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}

@@ -4,48 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from guard import patch as patches
-from guard.bundle import Bundle, Site
+from guard.bundle import Bundle
 from guard.engine import selftest
 from guard.engine.config import AUDIENCE_ENV, KEY_FILE_ENV
 from guard.locate.decoding import greedy
-from guard.locate.patching import dap_generate
-from guard.locate.twins import Twin
-from guard.patch_card import PatchSite
 from guard.verdict import Decision, Directive, Rule
 from tests.e2e.inprocess import ask, guarded, sampling, scheduler, shut_down
+from tests.e2e.patched_world import NEW_TOKENS, PREFIX, answers, donor_of, made, shown
 from tests.engine import world
-
-NEW_TOKENS = 12
-MLP = tuple(range(world.SIZES["intermediate_size"]))
-LAYERS = range(world.SIZES["num_hidden_layers"])
-SOME = (
-    PatchSite(layer=0, kind="mlp", units=tuple(range(0, 176, 3))),
-    PatchSite(layer=1, kind="mlp", units=tuple(range(20, 100))),
-    PatchSite(layer=2, kind="attention", units=(0, 2)),
-)
-EVERY_NEURON = tuple(PatchSite(layer=layer, kind="mlp", units=MLP) for layer in LAYERS)
-END = 256
-PREFIX = (84, 104, 101, 32)
-
-
-def made(shape) -> list[patches.Patch]:
-    rng = np.random.default_rng(7)
-    columns = sum(len(site.columns(shape)) for site in SOME)
-    vector = rng.uniform(0.2, 1.8, (shape.layers, shape.mlp_width)).astype(np.float32)
-    return [
-        patches.stored("zero", SOME, shape, scale=0.0),
-        patches.stored(
-            "mean", SOME, shape, scale=0.0, shift=rng.normal(size=columns).astype(np.float32) * 0.1
-        ),
-        patches.stored("factors", SOME, shape, scale=rng.uniform(0, 2, columns).astype(np.float32)),
-        patches.steering("steer", rng.normal(size=128).astype(np.float32), (1, 2), shape, strength=1.0),
-        patches.from_vector("donor-some", SOME, vector, shape),
-        patches.from_vector("donor-all", EVERY_NEURON, vector, shape),
-        patches.prefix("words", "the words", PREFIX),
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -83,29 +51,14 @@ PROMPTS = world.prompts(12, seed=3)
 @pytest.fixture(scope="module")
 def expected(reference, bundle):
     """Greedy answers in transformers, by name of the patch."""
-    model, found = reference.model, {}
+    model = reference.model
     prompts = [tuple(p) for p in PROMPTS]
-    settings = {"new_tokens": NEW_TOKENS}
-    found[None] = greedy(Twin(model), prompts, **settings)
-    for patch in bundle[0].patches.values():
-        if patch.card.kind == "stored":
-            with patches.applied(patch, model):
-                found[patch.card.name] = greedy(Twin(model), prompts, **settings)
-        elif patch.card.kind == "dynamic":
-            vector = {layer: torch.from_numpy(row) for layer, row in enumerate(patch.arrays["vector"])}
-            donor = Twin(model, vector)
-            units = tuple(Site(**site.model_dump()) for site in patch.card.sites)
-            found[patch.card.name] = dap_generate(Twin(model), donor, units, prompts, **settings)
-            found["the donor"] = greedy(donor, prompts, **settings)
-        else:
-            began = greedy(Twin(model), [(*p, *PREFIX) for p in prompts], new_tokens=NEW_TOKENS - len(PREFIX))
-            found[patch.card.name] = [(*PREFIX, *tokens) for tokens in began]
+    found = {None: answers(model, None, prompts)}
+    for name, patch in bundle[0].patches.items():
+        found[name] = answers(model, patch, prompts)
+    donor = donor_of(model, bundle[0].patches["donor-all"])
+    found["the donor"] = greedy(donor, prompts, new_tokens=NEW_TOKENS)
     return found
-
-
-def shown(answer) -> tuple[int, ...]:
-    """Tokens without the end of text, as references have them."""
-    return tuple(token for token in answer.tokens if token != END)
 
 
 def run(llm, seal, names, **options):
@@ -115,8 +68,7 @@ def run(llm, seal, names, **options):
         sampling(seal(name, still_unsafe="pass") if name else seal(None), max_tokens=NEW_TOKENS, **options)
         for name, _ in order
     ]
-    answers = ask(llm, [PROMPTS[i] for _, i in order], params)
-    return dict(zip(order, answers, strict=True))
+    return dict(zip(order, ask(llm, [PROMPTS[i] for _, i in order], params), strict=True))
 
 
 NAMES = (None, "zero", "mean", "factors", "steer", "donor-some", "donor-all", "words")
@@ -126,7 +78,7 @@ def test_every_patch_answers_as_its_reference_beside_all_others(llm, seal, expec
     """Three rounds over a warm prefix cache: no block of one is ever used by another."""
     for _ in range(3):
         for (name, i), got in run(llm, seal, NAMES).items():
-            assert shown(got) == expected[name][i], (name, i)
+            assert shown(got.tokens) == expected[name][i], (name, i)
             assert (got.verdict.action, got.verdict.patch) == ("patch" if name else "pass", name)
 
 
@@ -142,8 +94,7 @@ def test_the_patched_prompt_is_scored_again(llm, seal, bundle, reference):
     with patches.applied(patch, reference.model):
         after = bundle[0].logits(np.stack([reference.features(p) for p in PROMPTS]))
     probability = bundle[0].card.calibration.probability
-    answers = run(llm, seal, ["factors"])
-    for (_, i), got in answers.items():
+    for (_, i), got in run(llm, seal, ["factors"]).items():
         assert got.verdict.logit == pytest.approx(before[i], abs=1e-3)
         assert got.verdict.patched_probability == pytest.approx(probability(float(after[i])), abs=1e-3)
     assert np.abs(before - after).max() > 0.1
@@ -158,12 +109,12 @@ def test_a_request_that_is_still_unsafe_is_refused_unless_the_policy_says_pass(l
         for i, got in enumerate(ask(llm, PROMPTS, params)):
             verdict = got.verdict
             if verdict.probability < above:
-                assert (verdict.action, verdict.patch, shown(got)) == ("pass", None, expected[None][i])
+                assert (verdict.action, verdict.patch, shown(got.tokens)) == ("pass", None, expected[None][i])
             elif verdict.patched_probability >= above and still_unsafe == "refuse":
                 assert (verdict.action, verdict.patch, got.tokens) == ("refuse", "factors", [])
             else:
                 assert (verdict.action, verdict.patch) == ("patch", "factors")
-                assert shown(got) == expected["factors"][i]
+                assert shown(got.tokens) == expected["factors"][i]
             seen.add((still_unsafe, verdict.action))
     assert seen >= {("refuse", "refuse"), ("refuse", "pass"), ("pass", "patch"), ("pass", "pass")}
 
@@ -226,7 +177,7 @@ def test_observing_and_checking_patch_nothing(llm, keys, expected):
         decision = Decision(policy="test", mode=mode, rules=(rule,))
         directive = Directive.issue(decision, audience="engine", body=b"").seal(keys)
         (got,) = ask(llm, [PROMPTS[0]], sampling(directive, max_tokens=NEW_TOKENS))
-        assert shown(got) == tokens
+        assert shown(got.tokens) == tokens
         assert (got.verdict.decision, got.verdict.patch, got.verdict.patched_probability) == (
             "patch",
             "zero",
@@ -251,4 +202,4 @@ def test_siblings_are_patched_alike(llm, seal, expected):
     params = sampling(seal("zero", still_unsafe="pass"), max_tokens=NEW_TOKENS, n=3, temperature=1e-3)
     (output,) = llm.generate([{"prompt_token_ids": PROMPTS[0]}], params, use_tqdm=False)
     for completion in output.outputs:
-        assert tuple(t for t in completion.token_ids if t != END) == expected["zero"][0]
+        assert shown(completion.token_ids) == expected["zero"][0]
