@@ -18,7 +18,19 @@ from guard.serve.command import serve
 
 # What the gateway does without: the base installation has none of these.
 _EXTRA = frozenset(
-    {"matplotlib", "numpy", "safetensors", "scipy", "sklearn", "torch", "tqdm", "transformers", "vllm"}
+    {
+        "jinja2",
+        "matplotlib",
+        "numpy",
+        "openai",
+        "safetensors",
+        "scipy",
+        "sklearn",
+        "torch",
+        "tqdm",
+        "transformers",
+        "vllm",
+    }
 )
 
 
