@@ -9,6 +9,7 @@ import click
 
 from guard import __version__
 from guard.commands.bundle import bundle
+from guard.commands.compare import compare
 from guard.commands.evaluate import evaluate
 from guard.commands.fit import fit
 from guard.commands.locate import locate
@@ -67,6 +68,7 @@ main.add_command(locate)
 main.add_command(units)
 main.add_command(fit)
 main.add_command(evaluate)
+main.add_command(compare)
 main.add_command(bundle)
 main.add_command(materialise)
 main.add_command(serve)

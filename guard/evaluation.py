@@ -31,6 +31,7 @@ from guard.resample import Bootstrap, requests_of
 from guard.verdict import Threshold
 
 SCHEMA = 1
+_VERBS = {"fit": "fit", "calibrate": "calibrate", "threshold": "set the thresholds of"}
 _LISTED = 100
 """Most problems with data that a document lists; all are counted."""
 
@@ -149,7 +150,7 @@ def refuse_used(bundle: Bundle, dataset: Dataset) -> None:
     for file in dataset.files:
         if file.sha256 in used:
             raise EvaluationError(
-                f"{file.name} was used to {used[file.sha256].role} this bundle and cannot test it"
+                f"{file.name} was used to {_VERBS[used[file.sha256].role]} this bundle and cannot test it"
             )
 
 

@@ -45,15 +45,7 @@ _FILES = ("report.json", "report.html")
     show_default=True,
     help="Have the model answer, for the question whether its answer is unsafe; most of the time goes there.",
 )
-@click.option(
-    "--bootstrap",
-    "draws",
-    type=click.IntRange(min=100),
-    default=1000,
-    show_default=True,
-    help="Resamples for an interval.",
-)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the resamples.")
+@options.bootstrap
 @options.running
 def evaluate(
     model: str,

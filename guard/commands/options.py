@@ -34,6 +34,25 @@ def adapter(text: str) -> Adapter:
     return Adapter.open(directory, name)
 
 
+def bootstrap(command: Any) -> Any:
+    """Add the options of every command that reports bootstrap intervals."""
+    for option in (
+        click.option(
+            "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the draws."
+        ),
+        click.option(
+            "--bootstrap",
+            "draws",
+            type=click.IntRange(min=100),
+            default=1000,
+            show_default=True,
+            help="Draws for an interval.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 _RUNNING = (
     click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True),
     click.option("--device", default="cpu", show_default=True, help="A torch device, such as cuda."),

@@ -42,16 +42,17 @@ def test_weighted_figures_are_those_of_scikit_learn(rows: list[tuple[int, bool, 
 
 
 def test_resamples_keep_each_source_and_class_and_draw_a_request_whole() -> None:
-    sources = np.array(["a"] * 10 + ["b"] * 6)
-    positive = np.array([True] * 4 + [False] * 6 + [True, False] * 3)
-    requests = np.array([*range(10), 20, 20, 21, 21, 22, 22])
+    sources = np.array(["a"] * 10 + ["b"] * 6 + ["c"] * 4)
+    positive = np.array([True] * 4 + [False] * 6 + [True, False] * 3 + [True] * 4)
+    requests = np.array([*range(10), 20, 20, 21, 21, 22, 22, *range(30, 34)])
     (weights,) = Bootstrap(draws=300, seed=1).weights(sources, positive, requests)
-    assert weights.shape == (300, 16)
+    assert weights.shape == (300, 20)
+    assert (weights[:, 16:].sum(axis=1) == 4).all()
     assert (weights[:, :4].sum(axis=1) == 4).all()
     assert (weights[:, 4:10].sum(axis=1) == 6).all()
     # Each twin comes with its other half.
-    assert (weights[:, 10::2] == weights[:, 11::2]).all()
-    assert (weights[:, 10:].sum(axis=1) == 6).all()
+    assert (weights[:, 10:16:2] == weights[:, 11:16:2]).all()
+    assert (weights[:, 10:16].sum(axis=1) == 6).all()
     assert (weights.std(axis=0) > 0).all()
     assert weights.mean() == pytest.approx(1)
 
