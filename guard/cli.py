@@ -12,6 +12,7 @@ from guard.commands.bundle import bundle
 from guard.commands.compare import compare
 from guard.commands.evaluate import evaluate
 from guard.commands.fit import fit
+from guard.commands.judge import judge
 from guard.commands.locate import locate
 from guard.commands.materialise import materialise
 from guard.commands.units import units
@@ -69,6 +70,7 @@ main.add_command(units)
 main.add_command(fit)
 main.add_command(evaluate)
 main.add_command(compare)
+main.add_command(judge)
 main.add_command(bundle)
 main.add_command(materialise)
 main.add_command(serve)
