@@ -45,6 +45,18 @@ _FILES = ("report.json", "report.html")
     show_default=True,
     help="Have the model answer, for the question whether its answer is unsafe; most of the time goes there.",
 )
+@click.option(
+    "--baselines",
+    is_flag=True,
+    help="Measure the baselines as well: words, random units, residual stream, token embeddings.",
+)
+@click.option(
+    "--fit-data",
+    multiple=True,
+    type=options.PATH,
+    help="The files that the bundle was fitted on, for --baselines; without them the baselines are fitted on "
+    "the other sources of --data, which flatters them; repeatable.",
+)
 @options.bootstrap
 @options.running
 def evaluate(
@@ -58,6 +70,8 @@ def evaluate(
     apart: tuple[str, ...],
     strict: bool,
     answers: bool,
+    baselines: bool,
+    fit_data: tuple[Path, ...],
     draws: int,
     seed: int,
     **running: Any,
@@ -77,25 +91,36 @@ def evaluate(
 
     if markdown_file and not answers:
         raise click.UsageError("--markdown shows the model's answers; leave out --no-answers")
+    if fit_data and not baselines:
+        raise click.UsageError("--fit-data is for the baselines; give --baselines as well")
     if out:
         refuse_folder(out, _FILES)
     bundle = Bundle.load(directory)
     dataset = load("evaluate", data, strict=strict)
     click.echo(options.describe(dataset), err=True)
+    fitted = load("fit", fit_data, barred=[dataset], strict=strict) if fit_data else None
+    subject = options.subject(model, running, adapter)
     found = evaluate_bundle(
         bundle,
-        options.subject(model, running, adapter),
+        subject,
         dataset,
         apart=apart,
         answers=answers,
         bootstrap=Bootstrap(draws, seed),
         strict=strict,
     )
+    curves = {}
+    if baselines:
+        from guard import protocol_baselines
+
+        rows, scores = protocol_baselines.measure(bundle, subject, found, Bootstrap(draws, seed), fitted)
+        found.document["baselines"] = rows
+        curves = protocol_baselines.drawn(scores)
     figures = (json.dumps(found.document, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
     if out:
         from guard.report_page import page
 
-        write_folder(out, dict(zip(_FILES, (figures, page(found).encode()), strict=True)))
+        write_folder(out, dict(zip(_FILES, (figures, page(found, curves).encode()), strict=True)))
         click.echo(f"wrote {', '.join(str(out / name) for name in _FILES)}", err=True)
     if json_file:
         write_whole(json_file, lambda file: file.write(figures))
