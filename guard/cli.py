@@ -9,8 +9,10 @@ import click
 
 from guard import __version__
 from guard.commands.bundle import bundle
+from guard.commands.compare import compare
 from guard.commands.evaluate import evaluate
 from guard.commands.fit import fit
+from guard.commands.judge import judge
 from guard.commands.locate import locate
 from guard.commands.materialise import materialise
 from guard.commands.units import units
@@ -18,7 +20,19 @@ from guard.serve.command import serve
 
 # What the gateway does without: the base installation has none of these.
 _EXTRA = frozenset(
-    {"matplotlib", "numpy", "safetensors", "scipy", "sklearn", "torch", "tqdm", "transformers", "vllm"}
+    {
+        "jinja2",
+        "matplotlib",
+        "numpy",
+        "openai",
+        "safetensors",
+        "scipy",
+        "sklearn",
+        "torch",
+        "tqdm",
+        "transformers",
+        "vllm",
+    }
 )
 
 
@@ -55,6 +69,8 @@ main.add_command(locate)
 main.add_command(units)
 main.add_command(fit)
 main.add_command(evaluate)
+main.add_command(compare)
+main.add_command(judge)
 main.add_command(bundle)
 main.add_command(materialise)
 main.add_command(serve)

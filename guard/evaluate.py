@@ -14,10 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from guard.baselines import Scores
-from guard.bundle import Bundle
 from guard.calibrate import cut, prompts_needed
-from guard.data import Dataset
-from guard.observe import Observations, Subject
+from guard.figures import rate_name
+from guard.observe import Observations
 from guard.stats import Rate, auroc, auroc_interval, wilson
 from guard.verdict import Threshold
 
@@ -27,11 +26,6 @@ Document = dict[str, Any]
 
 class EvaluationError(ValueError):
     """An evaluation set cannot test the bundle."""
-
-
-def rate_name(rate: float) -> str:
-    """A false-positive rate as a key of JSON files."""
-    return f"{rate:g}"
 
 
 def tables(
@@ -151,52 +145,4 @@ def compare(
                 "benign_flagged": _share(flags & pool, pool).document(),
             }
         document[name] = entry
-    return document
-
-
-def evaluate_bundle(
-    bundle: Bundle, subject: Subject, dataset: Dataset, *, apart: Collection[str] = ()
-) -> Document:
-    """The whole of ``neuronguard evaluate``: tables for prompts that took no part in fitting ``bundle``.
-
-    Raises BundleError when the bundle belongs to another model, EvaluationError when a file of the set was
-    fitted or calibrated on.
-    """
-    card, checkpoint = bundle.card, subject.checkpoint
-    bundle.verify_model(
-        shape=checkpoint.shape,
-        weights_sha256=checkpoint.weights_sha256,
-        tokenizer_sha256=checkpoint.tokenizer_sha256,
-    )
-    used = {file.sha256: file for file in card.data if file.role != "evaluate"}
-    for file in dataset.files:
-        if file.sha256 in used:
-            raise EvaluationError(
-                f"{file.name} was used to {used[file.sha256].role} this bundle and cannot test it"
-            )
-    seen = subject.observe(dataset)
-    features = subject.features(seen.tokens, card.sites, dataset.role)
-    document: Document = {
-        "bundle": {
-            "digest": bundle.digest,
-            "model": card.model.name,
-            "weights_sha256": card.model.weights_sha256,
-            "label": card.label,
-            "units": sum(len(site.units) for site in card.sites),
-            "sites": len(card.sites),
-            "thresholds": [threshold.model_dump() for threshold in card.thresholds],
-        },
-        "evaluation": tables(seen, bundle.logits(features), card.thresholds, apart=apart),
-        "left_out": {**dataset.dropped, "too long": seen.too_long},
-        "data": [
-            file.model_dump() for file in (*(f for f in card.data if f.role != "evaluate"), *dataset.files)
-        ],
-    }
-    if checkpoint.adapter is not None:
-        document["adapter"] = {"name": checkpoint.adapter.name, "sha256": checkpoint.adapter.sha256}
-        return document
-    measured = {file.sha256 for file in card.data if file.role == "evaluate"}
-    if measured == {file.sha256 for file in dataset.files} and "comparison" in card.metrics:
-        # Baselines need the fit data; on the same evaluation files the figures made then still hold.
-        document["comparison"] = card.metrics["comparison"]
     return document

@@ -50,6 +50,8 @@ def markdown(document: Mapping[str, Any]) -> str:
         parts += ["", "## Benign sources: how many are flagged", "", *_benign(evaluation, rates)]
     if document.get("comparison"):
         parts += ["", "## Against baselines", "", *_comparison(document["comparison"])]
+    if document.get("baselines"):
+        parts += ["", "## Against the protocol's baselines", "", *_baselines(document)]
     if document.get("data"):
         parts += ["", "## Data", "", *_data(document["data"])]
     return "\n".join(parts) + "\n"
@@ -134,6 +136,26 @@ def _comparison(comparison: Mapping[str, Any]) -> list[str]:
         "prompts. Random units come from the same layers in the same number as the probe's."
     )
     return [*table(heads, rows), "", note]
+
+
+def _baselines(document: Mapping[str, Any]) -> list[str]:
+    rates = list(document["overall"]["tpr_at_fpr"])
+    heads = ["scorer", "AUROC", *(f"harmful flagged at {_percent(float(rate))}" for rate in rates)]
+    rows: list[list[Any]] = []
+    missing = []
+    for name, entry in [("the guard", document["overall"]), *document["baselines"].items()]:
+        if "not_measured" in entry:
+            missing.append(f"{name}: {entry['not_measured']}")
+            continue
+        row: list[Any] = [name, _area(entry["auroc"], entry["auroc_interval"])]
+        row += ["–" if (value := entry["tpr_at_fpr"][rate]) is None else _percent(value) for rate in rates]
+        difference = entry.get("auroc_difference_interval")
+        sign = f"{entry['auroc_difference']:+.3f} " if difference else "–"
+        rows.append([*row, sign + (f"[{difference[0]:+.3f} to {difference[1]:+.3f}]" if difference else "")])
+    lines = table([*heads, "AUROC, the guard minus this one"], rows)
+    fitted = {entry["fitted_on"] for entry in document["baselines"].values() if "fitted_on" in entry}
+    note = f"Fitted on {', '.join(sorted(fitted))}. Not measured: {'; '.join(missing)}."
+    return [*lines, "", note]
 
 
 def _data(files: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -19,6 +19,9 @@ model = click.option("--model", required=True, help="A local Hugging Face checkp
 apart = click.option(
     "--apart", multiple=True, help="Benign evaluation source to report without pooling it; repeatable."
 )
+strict = click.option(
+    "--strict", is_flag=True, help="Stop at data with any problem, having listed all; default: leave it out."
+)
 
 
 def adapter(text: str) -> Adapter:
@@ -29,6 +32,25 @@ def adapter(text: str) -> Adapter:
     if not (name and equals and directory):
         raise click.BadParameter(f"{text!r} is not NAME=DIR")
     return Adapter.open(directory, name)
+
+
+def bootstrap(command: Any) -> Any:
+    """Add the options of every command that reports bootstrap intervals."""
+    for option in (
+        click.option(
+            "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the draws."
+        ),
+        click.option(
+            "--bootstrap",
+            "draws",
+            type=click.IntRange(min=100),
+            default=1000,
+            show_default=True,
+            help="Draws for an interval.",
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 _RUNNING = (
@@ -87,9 +109,12 @@ def subject(text: str, running: dict[str, Any], under: str | None = None) -> Sub
 
 
 def describe(dataset: Dataset) -> str:
-    """One line about a data set."""
+    """One line about a data set, and what was wrong with its files."""
+    from guard.data import listed
+
     left_out = ", ".join(f"{n} {reason}" for reason, n in dataset.dropped.items()) or "none"
     return (
         f"{dataset.role}: {dataset.count('harmful')} harmful, {dataset.count('benign')} benign, "
         f"{len(dataset.sources())} sources; left out: {left_out}"
+        + (f"\n{listed(dataset.problems, dataset.role)}" if dataset.problems else "")
     )
