@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import platform
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import sklearn
@@ -18,33 +18,24 @@ from numpy.typing import NDArray
 
 import guard
 from guard import baselines, evaluate, self_test
-from guard.bundle import Bundle, Calibration, DataFile, GuardCard
-from guard.calibrate import TooFewBenignError, fit_platt, threshold_at
-from guard.capture import Float32Array
-from guard.data import Dataset
+from guard.bundle import Bundle, DataFile, GuardCard
+from guard.data import Dataset, Prompt
+from guard.fit_probes import Fitted, Fitting, Role, fit_probes
 from guard.fit_settings import FitError, FitSettings
-from guard.observe import Observations, Subject
-from guard.probe import (
-    BoolArray,
-    Choice,
-    Selector,
-    choose_strength,
-    fit_probe,
-    select_columns,
-)
-from guard.scorer import Scorer
+from guard.groups import near_duplicates
+from guard.leave_out import choose_strength
+from guard.observe import Subject
+from guard.probe import BoolArray
 from guard.units import (
     Units,
     columns_within,
-    count,
-    every_neuron,
-    from_columns,
+    every_unit,
     located_with,
     random_like,
+    random_units,
     read_units,
     union,
 )
-from guard.verdict import Threshold
 
 logger = logging.getLogger(__name__)
 
@@ -53,34 +44,19 @@ MEMORY_LIMIT = 12 * 2**30
 """Most bytes of activations that one role may take; beyond it units have to be named."""
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """A fitted probe before it is measured and packed."""
-
-    units: Units
-    probe: Scorer
-    choice: Choice
-    thresholds: tuple[Threshold, ...]
-    calibration: Calibration
-    omitted: tuple[str, ...]
-    """Why a threshold that was asked for is not there."""
-
-
-class Role(NamedTuple):
-    """One role's observations and their activations ``[n, features]`` for all units that were read."""
-
-    seen: Observations
-    features: Float32Array
-
-
 def fit_bundle(
     subject: Subject,
     settings: FitSettings,
     fit: Dataset,
     threshold: Dataset,
     evaluation: Dataset | None = None,
+    hard_negatives: Dataset | None = None,
 ) -> Bundle:
-    """The whole of ``neuronguard fit``. Raises FitError, ProbeError, CalibrationError or UnitsError."""
+    """The whole of ``neuronguard fit``. Raises FitError, ProbeError, CalibrationError or UnitsError.
+
+    ``hard_negatives`` are benign prompts that look harmful; they are fitted on like the others, and reported
+    apart. Prompts nearly equal to one that sets thresholds or evaluates are not fitted on.
+    """
     shape = subject.checkpoint.shape
     named: Units | None = None
     located: tuple[DataFile, ...] = ()
@@ -89,8 +65,13 @@ def fit_bundle(
         named = read_units(settings.units_file, shape, weights_sha256=weights)
         located = _located_with(settings.units_file, threshold, evaluation)
     # Random controls are read in the same pass as the units they are for.
+    everything = every_unit(shape, settings.sites) if named is None else ()
+    if settings.units == "random":
+        named = random_units(everything, settings.max_units, seed=settings.seed)
     draws = _draws(named, subject, settings.seed) if named else []
-    read = union([named, *draws]) if named else every_neuron(shape)
+    read = union([named, *draws]) if named else everything
+    fit, hard = _merged(fit, hard_negatives)
+    fit, hard = _apart(fit, hard, [threshold, *([evaluation] if evaluation else [])])
     _check_memory(read, subject, max(len(d.prompts) for d in (fit, threshold, evaluation) if d))
 
     fitting = _observe(subject, fit, read, judge="harmful" if settings.label == "unsafe_output" else "none")
@@ -98,14 +79,24 @@ def fit_bundle(
     positive = fitting.seen.target(settings.label)
     logger.info("%d prompts to fit on, %d of them positive", len(positive), positive.sum())
 
-    select: Selector | None = None
-    units = named or read
-    if settings.units == "l1":
-        select = partial(select_columns, most=settings.max_units, seed=settings.seed)
-        units = from_columns(select(fitting.features, positive), read, shape)
-    columns = columns_within(units, read, shape)
-    logger.info("%d units at %d sites", count(units), len(units))
-    fitted = fit_units(units, fitting, benign, columns, positive, settings, select)
+    chosen = named or read
+    own = columns_within(chosen, read, shape)
+    whole = len(own) == fitting.features.shape[1]
+    candidates = fitting if whole else Role(fitting.seen, fitting.features[:, own])
+    calm = benign if whole else Role(benign.seen, benign.features[:, own])
+    fitted = fit_probes(
+        Fitting(
+            candidates,
+            positive,
+            near_duplicates([prompt.text for prompt in fitting.seen.prompts]),
+            np.array([prompt in hard for prompt in fitting.seen.prompts]),
+            chosen,
+            shape,
+        ),
+        calm,
+        settings,
+    )
+    units, columns = fitted.units, columns_within(fitted.units, read, shape)
 
     metrics: dict[str, Any] = {"fit": _about(fitted, positive, (fit, fitting), (threshold, benign))}
     if evaluation is not None:
@@ -116,51 +107,14 @@ def fit_bundle(
         )
         selections = {"probe": columns}
         if len(columns) < fitting.features.shape[1]:
-            for number, draw in enumerate(draws or _draws(units, subject, settings.seed), start=1):
+            same = draws and len(columns) == len(own)
+            for number, draw in enumerate(draws if same else _draws(units, subject, settings.seed), start=1):
                 selections[f"random units, draw {number}"] = columns_within(draw, read, shape)
         metrics["comparison"] = _compare((fitting, benign, held_out), positive, fitted, settings, selections)
     files = fit.files + threshold.files + (evaluation.files if evaluation else ())
     # What chose the units counts as fitted on: it can evaluate no more than the rest.
     files += tuple(file for file in located if file.sha256 not in {known.sha256 for known in files})
     return _pack(subject, settings, fitted, files, metrics)
-
-
-def fit_units(
-    units: Units,
-    fitting: Role,
-    benign: Role,
-    chosen: NDArray[np.int64],
-    positive: BoolArray,
-    settings: FitSettings,
-    select: Selector | None = None,
-) -> Fitted:
-    """Choose the regularisation, fit, calibrate and set thresholds on the columns ``chosen``.
-
-    ``select`` is how they were chosen, if it was on these prompts.
-    """
-    seen, features = fitting.seen, fitting.features[:, chosen]
-    choice = choose_strength(
-        features if select is None else fitting.features,
-        positive,
-        seen.sources,
-        seen.harmful,
-        family=settings.family,
-        select=select,
-        seed=settings.seed,
-    )
-    probe = fit_probe(features, positive, strength=choice.strength, family=settings.family)
-    calibration = fit_platt(choice.held_out, positive)
-    logits = probe.logits(benign.features[:, chosen])[~benign.seen.harmful]
-    thresholds, omitted = [], []
-    for rate in sorted(settings.rates, reverse=True):
-        try:
-            thresholds.append(threshold_at(logits, rate, calibration))
-        except TooFewBenignError as error:
-            if rate == settings.default_rate:
-                raise
-            logger.warning("%s; this threshold is left out", error)
-            omitted.append(str(error))
-    return Fitted(units, probe, choice, tuple(thresholds), calibration, tuple(omitted))
 
 
 def _about(fitted: Fitted, positive: BoolArray, *roles: tuple[Dataset, Role]) -> dict[str, Any]:
@@ -177,7 +131,36 @@ def _about(fitted: Fitted, positive: BoolArray, *roles: tuple[Dataset, Role]) ->
             f"{strength:g}": score for strength, score in fitted.choice.scores.items()
         },
         "thresholds_omitted": list(fitted.omitted),
+        **fitted.about,
     }
+
+
+def _merged(fit: Dataset, hard: Dataset | None) -> tuple[Dataset, frozenset[Prompt]]:
+    """One data set to fit on, and which of it are hard negatives. Raises FitError when one is not benign."""
+    if hard is None:
+        return fit, frozenset()
+    if harmful := hard.sources("harmful"):
+        raise FitError(
+            f"hard negatives are benign prompts, but those of {', '.join(harmful)} are labelled harmful; "
+            "give them with --data"
+        )
+    dropped = Counter(fit.dropped) + Counter(hard.dropped)
+    files = fit.files + tuple(file.model_copy(update={"role": "hard_negative"}) for file in hard.files)
+    return Dataset("fit", fit.prompts + hard.prompts, files, dict(dropped)), frozenset(hard.prompts)
+
+
+def _apart(
+    fit: Dataset, hard: frozenset[Prompt], others: Sequence[Dataset]
+) -> tuple[Dataset, frozenset[Prompt]]:
+    """Without what is nearly equal to a prompt of another role, which exact comparison has let through."""
+    prompts = [*fit.prompts, *(prompt for dataset in others for prompt in dataset.prompts)]
+    groups = near_duplicates([prompt.text for prompt in prompts])
+    clash = np.isin(groups[: len(fit.prompts)], groups[len(fit.prompts) :])
+    if not clash.any():
+        return fit, hard
+    kept = tuple(prompt for prompt, out in zip(fit.prompts, clash, strict=True) if not out)
+    dropped = {**fit.dropped, "nearly equal to one in another role": int(clash.sum())}
+    return replace(fit, prompts=kept, dropped=dropped), hard & frozenset(kept)
 
 
 def _observe(subject: Subject, dataset: Dataset, units: Units, *, judge: Judged) -> Role:
@@ -226,12 +209,15 @@ def _compare(
     quiet = ~benign.seen.harmful
     calm = tuple(p for p, keep in zip(benign.seen.prompts, quiet, strict=True) if keep)
     features = fitting.features, benign.features[quiet], held_out.features
-    scorers = {
-        name: baselines.columns(
-            features, chosen, positive, strength=fitted.choice.strength, family=settings.family
-        )
-        for name, chosen in selections.items()
-    }
+    scorers = {}
+    for name, chosen in selections.items():
+        if name == "probe":
+            probe = fitted.probe
+            scorers[name] = baselines.Scores(*(probe.logits(part[:, chosen]) for part in features[1:]))
+        else:
+            scorers[name] = baselines.columns(
+                features, chosen, positive, strength=fitted.choice.strength, family=settings.family
+            )
     if settings.probe != "linear":
         # Whether the hidden layer is worth having: the other kind of probe on the same activations.
         same = selections["probe"]
