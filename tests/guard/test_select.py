@@ -77,6 +77,6 @@ def test_a_head_is_chosen_whole(method: select.Method) -> None:
 
 
 def test_the_same_seed_chooses_the_same_units() -> None:
-    x, positive = noisy(n=200, features=60)
+    x, positive = noisy(n=200, features=121)
     first, again = (select_stable(x, positive, 10, seed=4).columns.tolist() for _ in range(2))
     assert first == again
