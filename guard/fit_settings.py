@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from guard.mlp_probe import HiddenLayer
+from guard.observe import Judged
 from guard.probe import LINEAR, Family
 from guard.scorer import MOST_HIDDEN, ProbeKind
 from guard.sites import SiteKind
@@ -68,6 +69,11 @@ class FitSettings:
                 f"the default rate {self.default_rate:g} must be one of the rates, each between 0 and 1: "
                 f"{', '.join(f'{rate:g}' for rate in self.rates)}"
             )
+
+    @property
+    def judged(self) -> Judged:
+        """Which prompts to fit on have to be answered."""
+        return "harmful" if self.label == "unsafe_output" else "none"
 
     @property
     def family(self) -> Family:

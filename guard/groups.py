@@ -14,13 +14,25 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from guard.data import Prompt
+
 SAME = 0.7
 """Least share of common words, |a ∩ b| / |a ∪ b|, at which two texts count as one request."""
 _WORD = re.compile(r"\w+")
 
 
-def near_duplicates(texts: Sequence[str], *, same: float = SAME) -> NDArray[np.int64]:
+def requests(prompts: Sequence[Prompt]) -> NDArray[np.int64]:
+    """Group number ``[n]``: prompts that their data set calls a pair, or whose last turns nearly agree."""
+    # Rows say so in a field of their own, where the data set has it.
+    return near_duplicates([p.text for p in prompts], pairs=[getattr(p, "pair", None) for p in prompts])
+
+
+def near_duplicates(
+    texts: Sequence[str], *, same: float = SAME, pairs: Sequence[str | None] | None = None
+) -> NDArray[np.int64]:
     """Group number ``[n]``: texts whose sets of words overlap by ``same`` or more, directly or by a chain.
+
+    Texts with equal ``pairs`` ``[n]`` belong together whatever their words.
 
     Exact: two such sets share a word among the rarest (1 − ``same``) of each, so that only texts with a rare
     word in common are compared (prefix filtering, Chaudhuri et al. 2006).
@@ -35,6 +47,10 @@ def near_duplicates(texts: Sequence[str], *, same: float = SAME) -> NDArray[np.i
             index = parent[index]
         return index
 
+    first_of_pair: dict[str, int] = {}
+    for index, pair in enumerate(pairs or ()):
+        if pair is not None:
+            parent[root(index)] = root(first_of_pair.setdefault(pair, index))
     with_word: defaultdict[str, list[int]] = defaultdict(list)
     first_of: dict[frozenset[str], int] = {}
     for index, each in enumerate(words):

@@ -118,6 +118,7 @@ from guard.commands import options
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--dry-run", is_flag=True, help="Read and check everything, say what would be done, stop.")
 @options.running
+@options.capturing
 def fit(
     model: str,
     data: tuple[Path, ...],
@@ -142,7 +143,9 @@ def fit(
 ) -> None:
     """Fit a probe on a model's activations and write a bundle."""
     from guard.bundle import CARD_FILE
+    from guard.cost import planned
     from guard.data import load
+    from guard.engine.errors import GuardStartupError
     from guard.fit import fit_bundle
     from guard.fit_settings import FitSettings, UnitChoice
     from guard.sites import SiteKind
@@ -164,6 +167,8 @@ def fit(
         apart=apart,
         seed=seed,
     )
+    if running["engine_options"] and running["capture"] != "engine":
+        raise click.UsageError("--engine-option is for vLLM; give it with --capture engine")
     if out.exists() and not (out / CARD_FILE).is_file():
         raise click.UsageError(f"{out} exists and is not a bundle; choose another --out")
     evaluation = load("evaluate", eval_data) if eval_data else None
@@ -177,9 +182,16 @@ def fit(
     subject = options.subject(model, running)
     click.echo(f"model: {subject.checkpoint.name}, {subject.checkpoint.shape}")
     if dry_run:
+        click.echo(planned(subject, settings, fitting, threshold, evaluation, hard))
         click.echo(f"would fit '{label}' ({probe}) on units '{units}' and write {out}; nothing was done")
         return
-    bundle = fit_bundle(subject, settings, fitting, threshold, evaluation, hard)
+    try:
+        bundle = fit_bundle(subject, settings, fitting, threshold, evaluation, hard)
+    except GuardStartupError as error:
+        raise click.ClickException(str(error)) from error
+    finally:
+        if subject.reader is not None:
+            subject.reader.close()
     bundle.save(out)
     click.echo(f"wrote {out}: {bundle.card.features} features, digest {bundle.digest}")
     for reason in bundle.card.metrics["fit"]["thresholds_omitted"]:

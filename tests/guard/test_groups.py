@@ -32,3 +32,9 @@ def test_groups_are_those_of_comparing_every_pair(sets: list[set[str]]) -> None:
     for _ in sets:
         near = near @ near
     np.testing.assert_array_equal(near, found[:, None] == found[None, :])
+
+
+def test_rows_that_their_data_set_calls_a_pair_are_one_request() -> None:
+    found = near_duplicates(["a b", "c d", "e f", "g h"], pairs=["p", None, "p", None]).tolist()
+    assert found[0] == found[2]
+    assert len(set(found)) == 3
