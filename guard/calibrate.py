@@ -1,8 +1,10 @@
 """From raw logits to P(unsafe), and from a wanted false-positive rate to a threshold.
 
 Platt scaling after Platt (1999) with the smoothed targets and the Newton iteration of Lin, Lin and Weng
-(2007). Both classes weigh the same, so P(unsafe) is the probability at even odds; deployments whose share of
-harmful traffic is known read the thresholds, not the probability itself.
+(2007); isotonic regression after Zadrozny and Elkan (2002), interpolated between the centres of its steps
+(Oron and Flournoy 2017) so that it always rises. Both classes weigh the same, so P(unsafe) is the probability
+at even odds; deployments whose share of harmful traffic is known read the thresholds, not the probability
+itself.
 """
 
 from __future__ import annotations
@@ -13,10 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
+from sklearn.isotonic import IsotonicRegression
 
 from guard.bundle import Calibration
-from guard.stats import clopper_pearson
+from guard.stats import CONFIDENCE, clopper_pearson
 from guard.verdict import Threshold
+
+ISOTONIC_PROMPTS = 1000
+"""Fewest prompts for isotonic calibration; below, it follows the noise and Platt scaling does better."""
+RESAMPLES = 1000
 
 
 class CalibrationError(ValueError):
@@ -58,6 +65,33 @@ def fit_platt(logits: NDArray[Any], positive: NDArray[np.bool_]) -> Calibration:
             "there is nothing to calibrate"
         )
     return Calibration(slope=float(slope / unit), offset=float(offset))
+
+
+def fit_isotonic(logits: NDArray[Any], positive: NDArray[np.bool_]) -> Calibration:
+    """As :func:`fit_platt`, by isotonic regression. Raises CalibrationError, also for too few prompts."""
+    if len(logits) < ISOTONIC_PROMPTS:
+        raise CalibrationError(
+            f"isotonic calibration needs at least {ISOTONIC_PROMPTS} prompts, there are {len(logits)}; "
+            "use Platt scaling"
+        )
+    # Beyond the last knot nothing is known; Platt's slope goes on from there.
+    tail = fit_platt(logits, positive).slope
+    z, n1 = logits.astype(np.float64), int(positive.sum())
+    n0 = len(z) - n1
+    weight = np.where(positive, 0.5 / n1, 0.5 / n0)
+    target = np.where(positive, (n1 + 1) / (n1 + 2), 1 / (n0 + 2))
+    steps = IsotonicRegression().fit(z, target, sample_weight=weight).predict(z)
+    heights, step = np.unique(steps, return_inverse=True)
+    centres = np.bincount(step, weight * z) / np.bincount(step, weight)
+    knots = [(float(x), float(np.log(p) - np.log1p(-p))) for x, p in zip(centres, heights, strict=True)]
+    # Steps that rounding alone keeps apart would make a slope without end.
+    rising = knots[:1]
+    for knot in knots[1:]:
+        if knot[0] > rising[-1][0] and knot[1] > rising[-1][1] + 1e-9:
+            rising.append(knot)
+    if len(rising) < 2:
+        raise CalibrationError("the probabilities do not rise with the logits; there is nothing to calibrate")
+    return Calibration(kind="isotonic", slope=tail, offset=0.0, knots=tuple(rising))
 
 
 def prompts_needed(rate: float) -> int:
@@ -104,3 +138,24 @@ def threshold_at(logits: NDArray[Any], rate: float, calibration: Calibration) ->
         benign=n,
         upper95=clopper_pearson(flagged, n).high,
     )
+
+
+def rate_interval(flagged: NDArray[np.bool_], sources: NDArray[np.str_], *, seed: int = 0) -> dict[str, Any]:
+    """What ``flagged`` ``[n]`` of benign prompts says about the true rate, two ways, each at 95 %.
+
+    ``exact`` is Clopper-Pearson and holds for further prompts of the same mixture. ``over_sources`` resamples
+    whole sources, and is wider where they differ; null with a single one.
+    """
+    n = len(flagged)
+    exact = clopper_pearson(int(flagged.sum()), n)
+    names, member = np.unique(sources, return_inverse=True)
+    document: dict[str, Any] = {"flagged": exact.hits, "n": n, "exact": [exact.low, exact.high]}
+    document["over_sources"] = None
+    if len(names) > 1:
+        sizes = np.bincount(member)
+        hits = np.bincount(member, flagged.astype(np.float64))
+        drawn = np.random.default_rng(seed).integers(len(names), size=(RESAMPLES, len(names)))
+        rates = hits[drawn].sum(1) / sizes[drawn].sum(1)
+        tail = 100 * (1 - CONFIDENCE) / 2
+        document["over_sources"] = [float(value) for value in np.percentile(rates, [tail, 100 - tail])]
+    return document

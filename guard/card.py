@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -60,15 +61,31 @@ class ModelCard(_Card):
 
 
 class Calibration(_Card):
-    """Platt scaling: P(unsafe) = 1 / (1 + exp(-(slope * logit + offset)))."""
+    """From a raw logit to P(unsafe) = 1 / (1 + exp(-z)), always rising.
 
-    kind: Literal["platt"] = "platt"
+    Platt scaling: z = slope * logit + offset. Isotonic: z is interpolated linearly between ``knots`` and goes
+    on with ``slope`` beyond them, so that two logits never share a probability, and a threshold on the one is
+    a threshold on the other.
+    """
+
+    kind: Literal["platt", "isotonic"] = "platt"
     slope: float = Field(gt=0.0)
     offset: float
+    """Of Platt scaling; 0 when there are knots."""
+    knots: tuple[tuple[float, float], ...] = ()
+    """(logit, z), both ascending; at least two for isotonic, none for Platt scaling."""
+
+    @model_validator(mode="after")
+    def _rising(self) -> Calibration:
+        if (self.kind == "isotonic") != (len(self.knots) >= 2) or (self.kind == "platt" and self.knots):
+            raise ValueError("isotonic calibration has two knots or more, Platt scaling has none")
+        if any(a >= c or b >= d for (a, b), (c, d) in zip(self.knots, self.knots[1:], strict=False)):
+            raise ValueError("the knots of a calibration must rise in both coordinates")
+        return self
 
     def probability(self, logit: float) -> float:
         """P(unsafe) of a raw logit."""
-        z = self.slope * logit + self.offset
+        z = self._scaled(logit) if self.knots else self.slope * logit + self.offset
         # Two branches, so that neither exponent can overflow.
         return 1.0 / (1.0 + math.exp(-z)) if z >= 0 else math.exp(z) / (1.0 + math.exp(z))
 
@@ -76,7 +93,25 @@ class Calibration(_Card):
         """The raw logit at which P(unsafe) is ``probability``; infinite at 0 and 1."""
         if probability <= 0.0 or probability >= 1.0:
             return math.inf if probability >= 1.0 else -math.inf
-        return (math.log(probability) - math.log1p(-probability) - self.offset) / self.slope
+        z = math.log(probability) - math.log1p(-probability)
+        if self.knots:
+            turned = tuple((b, a) for a, b in self.knots)
+            return _interpolated(z, turned, 1.0 / self.slope)
+        return (z - self.offset) / self.slope
+
+    def _scaled(self, logit: float) -> float:
+        return _interpolated(logit, self.knots, self.slope)
+
+
+def _interpolated(x: float, knots: Sequence[tuple[float, float]], slope: float) -> float:
+    """Linear between knots (x, y), both ascending; with ``slope`` beyond them."""
+    if x <= knots[0][0]:
+        return knots[0][1] + slope * (x - knots[0][0])
+    if x >= knots[-1][0]:
+        return knots[-1][1] + slope * (x - knots[-1][0])
+    above = bisect_right(knots, x, key=lambda knot: knot[0])
+    (a, b), (c, d) = knots[above - 1], knots[above]
+    return b + (d - b) * ((x - a) / (c - a))
 
 
 class DataFile(_Card):
@@ -84,7 +119,7 @@ class DataFile(_Card):
 
     name: str
     sha256: str
-    role: Literal["fit", "calibrate", "threshold", "evaluate"]
+    role: Literal["fit", "hard_negative", "calibrate", "threshold", "evaluate"]
     harmful: int
     benign: int
 
@@ -213,6 +248,8 @@ def card_bytes(card: GuardCard) -> bytes:
         del document["adapters"]
     if not card.patches:
         del document["patches"]
+    if not card.calibration.knots:
+        del document["calibration"]["knots"]
     if not card.model.first_mlp_layer:
         del document["model"]["first_mlp_layer"]
     return (json.dumps(document, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()

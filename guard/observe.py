@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -63,6 +64,29 @@ class Observations:
         return np.array([prompt.source for prompt in self.prompts], dtype=np.str_)
 
 
+Judged = Literal["all", "harmful", "none"]
+
+
+class Reader(Protocol):
+    """What else than transformers may run the model: ``guard.engine.reader.EngineReader``."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What, besides the model, its results depend on."""
+
+    def expect(self, units: Units) -> None:
+        """Name the units that will be read."""
+
+    def answers(self, prompts: Sequence[Tokens], new_tokens: int, tokenizer: Any) -> list[str]:
+        """Greedy answers, in order."""
+
+    def features(self, units: Units, prompts: Sequence[Tokens]) -> Float32Array:
+        """Activations float32 ``[n, features]`` at the last prompt token."""
+
+    def close(self) -> None:
+        """Free the model."""
+
+
 class Subject:
     """A model under observation."""
 
@@ -76,6 +100,7 @@ class Subject:
         new_tokens: int = 28,
         batch_tokens: int = 8192,
         progress: bool = False,
+        reader: Reader | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.cache = cache
@@ -85,6 +110,8 @@ class Subject:
         """Length of the answers that are judged, in tokens."""
         self.batch_tokens = batch_tokens
         self.progress = progress
+        self.reader = reader
+        """Runs the model in place of transformers."""
 
     @cached_property
     def model(self) -> Any:
@@ -102,12 +129,8 @@ class Subject:
         """How prompts end, see ``guard.prompts.prompt_tails``."""
         return prompt_tails(self.tokenizer)
 
-    def observe(self, dataset: Dataset, *, judge: Literal["all", "harmful", "none"] = "all") -> Observations:
-        """Tokenise the prompts that fit the context, answer them and judge the answers.
-
-        ``judge`` says for which: benign answers do not enter a fit, and thresholds need no answers at all.
-        Prompts that are not judged count as not refused.
-        """
+    def encoded(self, dataset: Dataset) -> tuple[list[tuple[Prompt, Tokens]], int]:
+        """The prompts that fit the context, with their token ids, and how many do not."""
         limit = self.checkpoint.context - self.new_tokens
         encoded = [(prompt, encode(self.tokenizer, prompt.chat())) for prompt in dataset.prompts]
         fitting = [
@@ -115,48 +138,92 @@ class Subject:
             for prompt, tokens in encoded
             if len(tokens) <= limit and ends_with_tail(tokens, self.tails)
         ]
+        return fitting, len(encoded) - len(fitting)
+
+    def observe(self, dataset: Dataset, *, judge: Judged = "all") -> Observations:
+        """Tokenise the prompts that fit the context, answer them and judge the answers.
+
+        ``judge`` says for which: benign answers do not enter a fit, and thresholds need no answers at all.
+        Prompts that are not judged count as not refused.
+        """
+        fitting, too_long = self.encoded(dataset)
         prompts, tokens = tuple(p for p, _ in fitting), tuple(t for _, t in fitting)
         refused = np.zeros(len(prompts), dtype=bool)
         asked = [i for i, p in enumerate(prompts) if judge == "all" or judge == p.label]
         answers = self.answers([tokens[i] for i in asked], dataset.role)
         refused[asked] = [is_refusal(text) for text in answers]
-        return Observations(prompts, tokens, refused, len(encoded) - len(fitting))
+        return Observations(prompts, tokens, refused, too_long)
 
     def answers(self, prompts: Sequence[Tokens], name: str = "prompts") -> list[str]:
         """Greedy answers, in order."""
         texts: list[str] = []
         for chunk in tqdm(chunks(prompts), f"answers ({name})", disable=not self.progress):
-            key = self._key(chunk, new_tokens=self.new_tokens)
+            key = self._answer_key(chunk)
             found = self.cache.texts("answers", key)
             if found is None or len(found) != len(chunk):
-                found = answer(
-                    self.model,
-                    self.tokenizer,
-                    chunk,
-                    new_tokens=self.new_tokens,
-                    tokens=self.batch_tokens,
-                )
+                found = self._answer(chunk)
                 self.cache.keep_texts("answers", key, found)
             texts += found
         return texts
 
     def features(self, prompts: Sequence[Tokens], units: Units, name: str = "prompts") -> Float32Array:
         """Activations float32 ``[n, features]`` of ``units`` at the last prompt token."""
-        sites = digest_of([site.model_dump(mode="json") for site in units])
-        shape = self.checkpoint.shape
-        width = sum(len(shape.columns(site.kind, site.units)) for site in units)
+        width = self.width(units)
         # Filled in place: two copies of the largest array would double the peak of memory.
         result = np.empty((len(prompts), width), dtype=np.float32)
         start = 0
         for chunk in tqdm(chunks(prompts), f"activations ({name})", disable=not self.progress):
-            key = self._key(chunk, sites=sites)
+            key = self._feature_key(chunk, units)
             found = self.cache.array("activations", key)
             if found is None or found.shape != (len(chunk), width):
-                found = read_prompts(self.model, units, chunk, tokens=self.batch_tokens)
+                found = self._read(chunk, units)
                 self.cache.keep_array("activations", key, found)
             result[start : start + len(chunk)] = found
             start += len(chunk)
         return result
+
+    def width(self, units: Units) -> int:
+        """Activations that ``units`` are."""
+        shape = self.checkpoint.shape
+        return sum(len(shape.columns(site.kind, site.units)) for site in units)
+
+    def unanswered(self, prompts: Sequence[Tokens]) -> list[Tokens]:
+        """The prompts whose answers are not in the cache."""
+        return self._absent(
+            prompts, lambda chunk: self.cache.path("answers", self._answer_key(chunk), ".json")
+        )
+
+    def unread(self, prompts: Sequence[Tokens], units: Units) -> list[Tokens]:
+        """The prompts whose activations are not in the cache."""
+        return self._absent(
+            prompts, lambda chunk: self.cache.path("activations", self._feature_key(chunk, units), ".npy")
+        )
+
+    def _absent(
+        self, prompts: Sequence[Tokens], path: Callable[[Sequence[Tokens]], Path | None]
+    ) -> list[Tokens]:
+        return [
+            prompt
+            for chunk in chunks(prompts)
+            if (entry := path(chunk)) is None or not entry.is_file()
+            for prompt in chunk
+        ]
+
+    def _answer(self, chunk: Sequence[Tokens]) -> list[str]:
+        if self.reader is not None:
+            return self.reader.answers(chunk, self.new_tokens, self.tokenizer)
+        return answer(self.model, self.tokenizer, chunk, new_tokens=self.new_tokens, tokens=self.batch_tokens)
+
+    def _read(self, chunk: Sequence[Tokens], units: Units) -> Float32Array:
+        if self.reader is not None:
+            return self.reader.features(units, chunk)
+        return read_prompts(self.model, units, chunk, tokens=self.batch_tokens)
+
+    def _answer_key(self, chunk: Sequence[Tokens]) -> dict[str, Any]:
+        return self._key(chunk, new_tokens=self.new_tokens)
+
+    def _feature_key(self, chunk: Sequence[Tokens], units: Units) -> dict[str, Any]:
+        return self._key(chunk, sites=digest_of([site.model_dump(mode="json") for site in units]))
 
     def _key(self, chunk: Sequence[Tokens], **settings: Any) -> dict[str, Any]:
         """Everything a result depends on. Batch sizes are left out: they change results by rounding only."""
@@ -165,6 +232,7 @@ class Subject:
             "tokenizer": self.checkpoint.tokenizer_sha256,
             # Left out, not empty, where there is none: results that were kept before are found again.
             **({"adapter": adapter.sha256} if (adapter := self.checkpoint.adapter) else {}),
+            **({"capture": self.reader.identity} if self.reader is not None else {}),
             "dtype": self.dtype,
             "device": self.device,
             "versions": [torch.__version__, transformers.__version__],

@@ -6,16 +6,22 @@ harmful requests, so that their scores spread.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+import transformers
 
 from guard.bundle import AdapterCard, Bundle, SelfTest, Site
+from guard.cache import Cache
 from guard.capture import Float32Array, read_batch
 from guard.checkpoint import Checkpoint
+from guard.observe import Subject
 from guard.prompts import Tokens, encode
 from guard.scorer import Scorer
+from guard.units import Units
 
 MILD_PROMPTS = (
     "What is the capital of France?",
@@ -54,14 +60,20 @@ their difference is of the size of the distance to float32 that is measured here
 of a handful of prompts."""
 
 
+SHORT_TOLERANCE = 0.05
+"""Least tolerance, as a share of the spread of scores, where only one engine in a short dtype was measured:
+another batch or another processor rounds at other places than the one that was seen."""
+
+
 class Measured(NamedTuple):
     """A self-test and what its tolerances rest on."""
 
     self_test: SelfTest
     deviation: dict[str, float]
-    """Largest |logit - float32 logit| over all mild prompts, by dtype."""
+    """Largest |logit - float32 logit| over all mild prompts, by dtype; from ``measure_served``, between one
+    prompt at a time and all at once."""
     spread: float
-    """Standard deviation of the float32 logits of the mild prompts."""
+    """Standard deviation of the logits of the mild prompts, in float32 if they were read in it."""
 
 
 def measure(
@@ -71,13 +83,83 @@ def measure(
     *,
     device: str = "cpu",
     dtypes: Sequence[str] = DTYPES,
+    cache: Cache | None = None,
 ) -> Measured:
-    """Score the mild prompts one by one in each dtype and keep those whose scores lie far apart."""
-    tokenizer = checkpoint.load_tokenizer()
-    prompts = [encode(tokenizer, [{"role": "user", "content": text}]) for text in MILD_PROMPTS]
-    logits = {dtype: scorer.logits(_features(checkpoint, units, prompts, dtype, device)) for dtype in dtypes}
+    """Score the mild prompts one by one in each dtype and keep those whose scores lie far apart.
+
+    With ``cache``, activations that were read before are taken from there, and no model is loaded.
+    """
+    prompts = _mild(checkpoint.load_tokenizer())
+    logits = {}
+    for dtype in dtypes:
+        key = {**_key(checkpoint, units, prompts), "dtype": dtype, "device": device}
+        features = _cached(cache, key, partial(_features, checkpoint, units, prompts, dtype, device))
+        logits[dtype] = scorer.logits(features)
     chosen = _spread_out(logits["float32"], PROMPTS)
     spread, deviation, tolerance = _tolerance(logits)
+    return _measured(prompts, chosen, logits, tolerance, deviation, spread)
+
+
+def measure_served(subject: Subject, units: Units, scorer: Scorer) -> Measured:
+    """The same by the subject's reader, which computes in the dtype of serving and in no other.
+
+    What rounding does is then seen by reading the prompts one by one and all together. Raises ValueError when
+    there is no reader.
+    """
+    reader, prompts = subject.reader, _mild(subject.tokenizer)
+    if reader is None:
+        raise ValueError("the subject is run by transformers")
+    key = {**_key(subject.checkpoint, units, prompts), "dtype": subject.dtype, "capture": reader.identity}
+    alone, together = (
+        scorer.logits(_cached(subject.cache, {**key, "together": at_once}, read))
+        for at_once, read in (
+            (False, lambda: np.concatenate([reader.features(units, [prompt]) for prompt in prompts])),
+            (True, lambda: reader.features(units, prompts)),
+        )
+    )
+    spread, far = float(alone.std()), float(np.abs(alone - together).max())
+    share = FLOAT32_TOLERANCE if subject.dtype == "float32" else SHORT_TOLERANCE
+    least = share * max(spread, float(np.abs(alone).max()) / 100, 1e-6)
+    return _measured(
+        prompts,
+        _spread_out(alone, PROMPTS),
+        {subject.dtype: alone},
+        {subject.dtype: max(least, ROUNDING_MARGIN * far)},
+        {subject.dtype: far},
+        spread,
+    )
+
+
+def _mild(tokenizer: Any) -> list[Tokens]:
+    return [encode(tokenizer, [{"role": "user", "content": text}]) for text in MILD_PROMPTS]
+
+
+def _key(checkpoint: Checkpoint, units: Sequence[Site], prompts: Sequence[Tokens]) -> dict[str, Any]:
+    return {
+        "weights": checkpoint.weights_sha256,
+        "versions": [torch.__version__, transformers.__version__],
+        "prompts": list(prompts),
+        "sites": [site.model_dump(mode="json") for site in units],
+    }
+
+
+def _cached(cache: Cache | None, key: Any, read: Callable[[], Float32Array]) -> Float32Array:
+    found = cache.array("self-test", key) if cache is not None else None
+    if found is None:
+        found = read()
+        if cache is not None:
+            cache.keep_array("self-test", key, found)
+    return found
+
+
+def _measured(
+    prompts: Sequence[Tokens],
+    chosen: Sequence[int],
+    logits: Mapping[str, Float32Array],
+    tolerance: dict[str, float],
+    deviation: dict[str, float],
+    spread: float,
+) -> Measured:
     return Measured(
         SelfTest(
             prompts=tuple(prompts[i] for i in chosen),

@@ -8,7 +8,7 @@ A units file is JSON: ``{"layer": [unit, …]}`` for MLP neurons, the same under
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,15 @@ def every_neuron(shape: ModelShape) -> Units:
     return tuple(
         Site(layer=layer, kind="mlp", units=units) for layer in range(shape.first_mlp_layer, shape.layers)
     )
+
+
+def every_unit(shape: ModelShape, kinds: Sequence[SiteKind]) -> Units:
+    """All units of these kinds in all layers that have them. Raises NoSuchSiteError when none has."""
+    heads = tuple(range(shape.heads))
+    sites = list(every_neuron(shape)) if "mlp" in kinds else []
+    if "attention" in kinds:
+        sites += [Site(layer=layer, kind="attention", units=heads) for layer in range(shape.layers)]
+    return ordered(sites)
 
 
 def read_units(path: str | Path, shape: ModelShape, *, weights_sha256: str | None = None) -> Units:
@@ -130,6 +139,30 @@ def count(units: Units) -> int:
     return sum(len(site.units) for site in units)
 
 
+def random_units(units: Units, number: int, *, seed: int) -> Units:
+    """``number`` random units out of ``units``, all of them if there are fewer."""
+    pool = [(site.layer, site.kind, unit) for site in units for unit in site.units]
+    if number >= len(pool):
+        return units
+    drawn = np.random.default_rng(seed).choice(len(pool), number, replace=False)
+    picked: dict[tuple[int, SiteKind], set[int]] = {}
+    for layer, kind, unit in (pool[index] for index in drawn):
+        picked.setdefault((layer, kind), set()).add(unit)
+    return _sites(picked)
+
+
+def owners(units: Units, shape: ModelShape) -> NDArray[np.int64]:
+    """The unit of each column, numbered in the order of ``units``: one column a neuron, several a head."""
+    widths = [len(shape.columns(site.kind, (unit,))) for site in units for unit in site.units]
+    return np.repeat(np.arange(len(widths)), widths)
+
+
+def within_layers(units: Units, layers: Iterable[int]) -> Units:
+    """The sites of ``units`` in ``layers``."""
+    wanted = set(layers)
+    return tuple(site for site in units if site.layer in wanted)
+
+
 def random_like(units: Units, shape: ModelShape, *, seed: int) -> Units:
     """As many random units of the same layers and kinds: the control every selection is held against."""
     random = np.random.default_rng(seed)
@@ -152,9 +185,7 @@ def union(sets: Sequence[Units]) -> Units:
     for units in sets:
         for site in units:
             merged.setdefault((site.layer, site.kind), set()).update(site.units)
-    return ordered(
-        Site(layer=layer, kind=kind, units=tuple(sorted(units))) for (layer, kind), units in merged.items()
-    )
+    return _sites(merged)
 
 
 def columns_within(part: Units, whole: Units, shape: ModelShape) -> NDArray[np.int64]:
@@ -172,15 +203,14 @@ def columns_within(part: Units, whole: Units, shape: ModelShape) -> NDArray[np.i
 def from_columns(chosen: NDArray[np.int64], whole: Units, shape: ModelShape) -> Units:
     """The units that own columns ``chosen`` of ``whole``; one column of a head brings the whole head."""
     picked: dict[tuple[int, SiteKind], set[int]] = {}
-    owners = [
-        (site.layer, site.kind, unit)
-        for site in whole
-        for unit in site.units
-        for _ in range(len(shape.columns(site.kind, (unit,))))
-    ]
-    for column in chosen:
-        layer, kind, unit = owners[int(column)]
+    named = [(site.layer, site.kind, unit) for site in whole for unit in site.units]
+    for index in owners(whole, shape)[chosen]:
+        layer, kind, unit = named[int(index)]
         picked.setdefault((layer, kind), set()).add(unit)
+    return _sites(picked)
+
+
+def _sites(units: Mapping[tuple[int, SiteKind], set[int]]) -> Units:
     return ordered(
-        Site(layer=layer, kind=kind, units=tuple(sorted(units))) for (layer, kind), units in picked.items()
+        Site(layer=layer, kind=kind, units=tuple(sorted(chosen))) for (layer, kind), chosen in units.items()
     )

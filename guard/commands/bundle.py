@@ -34,7 +34,10 @@ def show(directory: Path) -> None:
     )
     click.echo(f"label      {card.label}")
     hidden = f", {loaded.scorer.hidden} hidden units" if card.probe == "mlp" else ""
-    click.echo(f"probe      {card.probe}{hidden}")
+    stages = ": P(harmful prompt) times P(the model complies)" if card.probe == "product" else ""
+    click.echo(f"probe      {card.probe}{hidden}{stages}")
+    if card.calibration.knots:
+        click.echo(f"calibrated isotonic, {len(card.calibration.knots)} knots")
     click.echo(f"reads      {card.features} features at {len(card.sites)} sites")
     for threshold in card.thresholds:
         default = ", the default" if threshold == card.threshold(card.default_false_positive_rate) else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -32,6 +32,13 @@ from guard.commands import options
     type=options.PATH,
     help="Prompts of sources that take no part; the bundle's card reports how it does on them; repeatable.",
 )
+@click.option(
+    "--hard-negatives",
+    "hard_data",
+    multiple=True,
+    type=options.PATH,
+    help="Benign prompts that look harmful: fitted on with the rest, and reported apart; repeatable.",
+)
 @click.option("--out", required=True, type=options.PATH, help="Directory of the bundle.")
 @click.option(
     "--label",
@@ -44,25 +51,51 @@ from guard.commands import options
     "--units",
     default="l1",
     show_default=True,
-    help="'l1' (an L1 fit chooses), 'all', a JSON file {layer: [neuron, …]}, or a set of units as "
-    "'neuronguard locate' writes it.",
+    help="'l1' (an L1 fit chooses), 'stability' (what L1 fits on halves of the prompts keep again and "
+    "again), 'random', 'all', a JSON file {layer: [neuron, …]}, or a set as 'neuronguard locate' writes it.",
 )
 @click.option(
-    "--max-units", type=click.IntRange(min=1), default=1000, show_default=True, help="Most units for 'l1'."
+    "--max-units",
+    type=click.IntRange(min=1),
+    default=1000,
+    show_default=True,
+    help="Most units for 'l1', 'stability' and 'random'.",
+)
+@click.option(
+    "--sites",
+    type=click.Choice(["mlp", "attention", "both"]),
+    default="mlp",
+    show_default=True,
+    help="Where units are chosen from: neurons (inputs of down_proj), heads (inputs of o_proj), or both.",
+)
+@click.option(
+    "--layers",
+    default="all",
+    show_default=True,
+    help="'all' (stacked), 'choose' (a single one, or all stacked: what ranks left-out sources best), or "
+    "numbers such as 3,5-7.",
 )
 @click.option(
     "--probe",
-    type=click.Choice(["linear", "mlp"]),
+    type=click.Choice(["linear", "mlp", "product"]),
     default="linear",
     show_default=True,
-    help="A logistic regression, or a network with one hidden layer. 'l1' chooses units by a linear fit "
-    "either way; name units, or take all, if single ones may say nothing by themselves.",
+    help="A logistic regression; a network with one hidden layer; or P(harmful prompt) times P(the model "
+    "complies), a logistic regression each. 'l1' chooses units by a linear fit either way; name units, or "
+    "take all, if single ones may say nothing by themselves.",
 )
 @click.option(
     "--hidden",
     type=click.IntRange(1, 256),
     default=None,
     help="Size of the hidden layer of 'mlp'.  [default: 16]",
+)
+@click.option(
+    "--calibration",
+    type=click.Choice(["platt", "isotonic"]),
+    default="platt",
+    show_default=True,
+    help="How P(unsafe) is made of a logit; isotonic needs 1000 prompts.",
 )
 @click.option(
     "--rate",
@@ -85,16 +118,21 @@ from guard.commands import options
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--dry-run", is_flag=True, help="Read and check everything, say what would be done, stop.")
 @options.running
+@options.capturing
 def fit(
     model: str,
     data: tuple[Path, ...],
     threshold_data: tuple[Path, ...],
     eval_data: tuple[Path, ...],
+    hard_data: tuple[Path, ...],
     out: Path,
     units: str,
     dry_run: bool,
     label: Any,
     max_units: int,
+    sites: str,
+    layers: str,
+    calibration: Any,
     probe: Any,
     hidden: int | None,
     rates: tuple[float, ...],
@@ -105,17 +143,23 @@ def fit(
 ) -> None:
     """Fit a probe on a model's activations and write a bundle."""
     from guard.bundle import CARD_FILE
+    from guard.cost import planned
     from guard.data import load
+    from guard.engine.errors import GuardStartupError
     from guard.fit import fit_bundle
-    from guard.fit_settings import FitSettings
+    from guard.fit_settings import FitSettings, UnitChoice
+    from guard.sites import SiteKind
 
-    if hidden is not None and probe == "linear":
+    if hidden is not None and probe != "mlp":
         raise click.UsageError("--hidden is the size of a hidden layer; give it with --probe mlp")
     settings = FitSettings(
         label=label,
-        units="l1" if units == "l1" else "all" if units == "all" else "file",
-        units_file=None if units in ("l1", "all") else Path(units),
+        units=cast(UnitChoice, units) if units in _CHOSEN else "file",
+        units_file=None if units in _CHOSEN else Path(units),
         max_units=max_units,
+        sites=("mlp", "attention") if sites == "both" else (cast(SiteKind, sites),),
+        layers="all" if layers == "all" else "choose" if layers == "choose" else _numbers(layers),
+        calibration=calibration,
         probe=probe,
         hidden=hidden or 16,
         rates=rates,
@@ -123,21 +167,51 @@ def fit(
         apart=apart,
         seed=seed,
     )
+    if running["engine_options"] and running["capture"] != "engine":
+        raise click.UsageError("--engine-option is for vLLM; give it with --capture engine")
     if out.exists() and not (out / CARD_FILE).is_file():
         raise click.UsageError(f"{out} exists and is not a bundle; choose another --out")
     evaluation = load("evaluate", eval_data) if eval_data else None
     # Evaluation prompts are barred from both other roles, threshold prompts from fitting.
     threshold = load("threshold", threshold_data, barred=[evaluation] if evaluation else [])
-    fitting = load("fit", data, barred=[threshold, *([evaluation] if evaluation else [])])
-    for dataset in (fitting, threshold, *([evaluation] if evaluation else [])):
-        click.echo(options.describe(dataset))
+    reserved = [threshold, *([evaluation] if evaluation else [])]
+    hard = load("fit", hard_data, barred=reserved) if hard_data else None
+    fitting = load("fit", data, barred=[*reserved, *([hard] if hard else [])])
+    for dataset in (fitting, *([hard] if hard else []), *reserved):
+        click.echo(("hard negatives, " if dataset is hard else "") + options.describe(dataset))
     subject = options.subject(model, running)
     click.echo(f"model: {subject.checkpoint.name}, {subject.checkpoint.shape}")
     if dry_run:
+        click.echo(planned(subject, settings, fitting, threshold, evaluation, hard))
         click.echo(f"would fit '{label}' ({probe}) on units '{units}' and write {out}; nothing was done")
         return
-    bundle = fit_bundle(subject, settings, fitting, threshold, evaluation)
+    try:
+        bundle = fit_bundle(subject, settings, fitting, threshold, evaluation, hard)
+    except GuardStartupError as error:
+        raise click.ClickException(str(error)) from error
+    finally:
+        if subject.reader is not None:
+            subject.reader.close()
     bundle.save(out)
     click.echo(f"wrote {out}: {bundle.card.features} features, digest {bundle.digest}")
     for reason in bundle.card.metrics["fit"]["thresholds_omitted"]:
         click.echo(f"a threshold is left out: {reason}")
+
+
+_CHOSEN = ("all", "l1", "stability", "random")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """``3,5-7`` as (3, 5, 6, 7)."""
+    found: set[int] = set()
+    try:
+        for part in text.split(","):
+            first, dash, last = part.partition("-")
+            found |= set(range(int(first), int(last if dash else first) + 1))
+    except ValueError:
+        found = set()
+    if not found:
+        raise click.BadParameter(
+            f"{text!r} is neither all, choose, nor layers such as 3,5-7", param_hint="--layers"
+        )
+    return tuple(sorted(found))

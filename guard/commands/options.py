@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from guard.adapters import Adapter
     from guard.checkpoint import Checkpoint
     from guard.data import Dataset
-    from guard.observe import Subject
+    from guard.observe import Reader, Subject
 
 PATH = click.Path(path_type=Path)
 
@@ -97,15 +98,65 @@ def subject(text: str, running: dict[str, Any], under: str | None = None) -> Sub
     from guard.observe import Subject
 
     checkpoint = open_model(text)
+    if under:
+        checkpoint = checkpoint.under(adapter(under))
     return Subject(
-        checkpoint.under(adapter(under)) if under else checkpoint,
+        checkpoint,
         Cache(None if running["no_cache"] else cache_root()),
         dtype=running["dtype"],
         device=running["device"],
         batch_tokens=running["batch_tokens"],
         new_tokens=running["judged_tokens"],
         progress=True,
+        reader=_reader(checkpoint, running) if running.get("capture") == "engine" else None,
     )
+
+
+def _reader(checkpoint: Checkpoint, running: dict[str, Any]) -> Reader:
+    from guard.engine.reader import EngineReader
+
+    return EngineReader(checkpoint, running["dtype"], options=dict(running["engine_options"]))
+
+
+def _engine_option(_context: Any, _parameter: Any, values: tuple[str, ...]) -> tuple[tuple[str, Any], ...]:
+    """``NAME=VALUE`` as vLLM's ``LLM`` takes it: numbers, true and false as such, all else as text."""
+    found = []
+    for text in values:
+        name, equals, value = text.partition("=")
+        if not (name.isidentifier() and equals and value):
+            raise click.BadParameter(f"{text!r} is not NAME=VALUE, such as max_model_len=4096")
+        try:
+            found.append((name, json.loads(value)))
+        except ValueError:
+            found.append((name, value))
+    return tuple(found)
+
+
+_CAPTURE = (
+    click.option(
+        "--capture",
+        type=click.Choice(["transformers", "engine"]),
+        default="transformers",
+        show_default=True,
+        help="What runs the model: transformers, or the guarded vLLM itself, in --dtype, for models that are "
+        "too large for transformers or that it does not compute as they are served.",
+    ),
+    click.option(
+        "--engine-option",
+        "engine_options",
+        multiple=True,
+        metavar="NAME=VALUE",
+        callback=_engine_option,
+        help="Option of vLLM's LLM for --capture engine, such as tensor_parallel_size=2; repeatable.",
+    ),
+)
+
+
+def capturing(command: Any) -> Any:
+    """Add the options of commands that may run the model in vLLM."""
+    for option in reversed(_CAPTURE):
+        command = option(command)
+    return command
 
 
 def describe(dataset: Dataset) -> str:

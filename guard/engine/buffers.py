@@ -21,6 +21,11 @@ class PendingScores:
         self._host = host
         self._done = done
 
+    @property
+    def request_ids(self) -> list[str]:
+        """Whose they are, in the order of the step's rows."""
+        return self._request_ids
+
     def take(self) -> dict[str, float]:
         """Raw logits by request id; waits until they are there."""
         if self._done is not None:

@@ -35,6 +35,7 @@ class ProbeHead:
         self._bias = torch.from_numpy(scorer.bias).to(device)
         self._readout = None if scorer.readout is None else torch.from_numpy(scorer.readout).to(device)
         self._readout_bias = scorer.readout_bias
+        self._product = scorer.product
         self._all_reduce = all_reduce
         # The probe is float32; features in another dtype are converted first.
         self._input = None if dtype == torch.float32 else new(max_requests, len(positions))
@@ -59,6 +60,11 @@ class ProbeHead:
         if self._all_reduce is not None:
             hidden = self._all_reduce(hidden)
         hidden.add_(self._bias)
+        if self._product:
+            # -log(e^-u + e^-v + e^-(u+v)), see guard.scorer.
+            u, v = hidden.neg_().unbind(1)
+            logits = torch.logaddexp(u, v, out=self._logits[:count])
+            return torch.logaddexp(logits, u.add_(v), out=logits).neg_()
         if self._readout is None:
             return hidden[:, 0]
         return torch.mv(hidden.relu_(), self._readout, out=self._logits[:count]).add_(self._readout_bias)

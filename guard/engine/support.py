@@ -10,7 +10,10 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+from transformers import AutoConfig
 
 from guard.engine import quantisation
 from guard.engine.errors import GuardStartupError
@@ -35,6 +38,31 @@ ROTARY = ("default", "linear", "llama3", "longrope", "yarn")
 
 SPECULATION = ("ngram",)
 """Methods of speculative decoding that were run."""
+
+OF_THE_MODEL: tuple[tuple[str, Check], ...] = (
+    ("multi-modal models", lambda c: c.model_config.is_multimodal_model),
+    ("encoder-decoder models", lambda c: c.model_config.is_encoder_decoder),
+    (
+        # vLLM's classes for them have no window for single layers; one in every layer was not tried.
+        "sliding windows in Qwen2 and Qwen3 models (use_sliding_window)",
+        lambda c: _architecture(c) in ("Qwen2ForCausalLM", "Qwen3ForCausalLM") and _has_window(c),
+    ),
+    (
+        # vLLM's classes leave the last three out, transformers does not; a window in one was not tried.
+        "a mixture of experts with a sliding window, or with clip_qkv or norm_topk_prob in OLMoE, or without "
+        "qkv_bias in Qwen2-MoE",
+        lambda c: _is_other_mixture(_architecture(c), c.model_config.hf_text_config),
+    ),
+    (
+        "bidirectional attention (use_bidirectional_attention)",  # vLLM reads prompts causally all the same
+        lambda c: bool(getattr(c.model_config.hf_text_config, "use_bidirectional_attention", False)),
+    ),
+    (
+        f"rotary scaling of another kind than {', '.join(ROTARY)} (rope_type)",
+        lambda c: not rotary_kinds(c.model_config.hf_text_config) <= set(ROTARY),
+    ),
+)
+"""What follows from the checkpoint alone, however it is launched."""
 
 REFUSED: tuple[tuple[str, Check], ...] = (
     (
@@ -87,8 +115,6 @@ REFUSED: tuple[tuple[str, Check], ...] = (
     ),
     ("prompt embeddings (--enable-prompt-embeds)", lambda c: c.model_config.enable_prompt_embeds),
     ("pooling models (--runner pooling)", lambda c: c.model_config.runner_type != "generate"),
-    ("multi-modal models", lambda c: c.model_config.is_multimodal_model),
-    ("encoder-decoder models", lambda c: c.model_config.is_encoder_decoder),
     (
         "KV transfer and disaggregated prefill (--kv-transfer-config)",
         lambda c: c.kv_transfer_config is not None,
@@ -106,17 +132,6 @@ REFUSED: tuple[tuple[str, Check], ...] = (
         lambda c: c.model_config.using_transformers_backend() != (_architecture(c) in TRANSFORMERS_BACKEND),
     ),
     (
-        # vLLM's classes for them have no window for single layers; one in every layer was not tried.
-        "sliding windows in Qwen2 and Qwen3 models (use_sliding_window)",
-        lambda c: _architecture(c) in ("Qwen2ForCausalLM", "Qwen3ForCausalLM") and _has_window(c),
-    ),
-    (
-        # vLLM's classes leave the last three out, transformers does not; a window in one was not tried.
-        "a mixture of experts with a sliding window, or with clip_qkv or norm_topk_prob in OLMoE, or without "
-        "qkv_bias in Qwen2-MoE",
-        lambda c: _is_other_mixture(_architecture(c), c.model_config.hf_text_config),
-    ),
-    (
         "LoRA adapters with a mixture of experts (--enable-lora)",
         lambda c: c.lora_config is not None and c.model_config.is_moe,
     ),
@@ -125,17 +140,9 @@ REFUSED: tuple[tuple[str, Check], ...] = (
         lambda c: c.parallel_config.data_parallel_size > 1 and c.model_config.is_moe,
     ),
     (
-        "bidirectional attention (use_bidirectional_attention)",  # vLLM reads prompts causally all the same
-        lambda c: bool(getattr(c.model_config.hf_text_config, "use_bidirectional_attention", False)),
-    ),
-    (
         "rotary scaling of the longrope kind beyond the original context; "
         "lower --max-model-len to original_max_position_embeddings",
         lambda c: 0 < _original_context(c) < c.model_config.max_model_len,
-    ),
-    (
-        f"rotary scaling of another kind than {', '.join(ROTARY)} (rope_type)",
-        lambda c: not rotary_kinds(c.model_config.hf_text_config) <= set(ROTARY),
     ),
     (
         "a model computed otherwise than its checkpoint says (--hf-overrides, --disable-sliding-window)",
@@ -159,6 +166,7 @@ REFUSED: tuple[tuple[str, Check], ...] = (
         "vLLM's development mode, whose routes replace weights (VLLM_SERVER_DEV_MODE)",
         lambda c: is_set("VLLM_SERVER_DEV_MODE"),
     ),
+    *OF_THE_MODEL,
 )
 
 
@@ -173,9 +181,33 @@ def refuse_unsupported(vllm_config: Any) -> None:
     """Raise GuardStartupError with everything in ``vllm_config`` that the guard does not support."""
     found = [name for name, refused in REFUSED if refused(vllm_config)]
     found += quantisation.unsupported(vllm_config)
-    architectures = list(vllm_config.model_config.architectures)
+    _refuse(found, list(vllm_config.model_config.architectures))
+
+
+def refuse_unservable(checkpoint: str | os.PathLike[str]) -> None:
+    """Refuse a checkpoint that no launch of the engine would serve guarded; needs no vLLM.
+
+    ``checkpoint`` is its directory. For fitting: a probe on what cannot be served is of no use. Raises
+    GuardStartupError with everything that is not supported.
+    """
+    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+    architectures = list(getattr(config, "architectures", None) or ["<none>"])
+    model = SimpleNamespace(
+        architectures=architectures,
+        hf_text_config=config.get_text_config(),
+        is_multimodal_model=config.get_text_config() is not config,
+        is_encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)),
+    )
+    found = [name for name, refused in OF_THE_MODEL if refused(SimpleNamespace(model_config=model))]
+    _refuse(found, architectures)
+
+
+def _refuse(found: list[str], architectures: list[str]) -> None:
     if not set(architectures) <= MODULES.keys():
-        found.append(f"the architecture {', '.join(architectures)} (supported: {', '.join(sorted(MODULES))})")
+        found = [
+            *found,
+            f"the architecture {', '.join(architectures)} (supported: {', '.join(sorted(MODULES))})",
+        ]
     if found:
         raise GuardStartupError("this version of the guard does not support: " + "; ".join(found))
 

@@ -80,10 +80,11 @@ class Taps:
         self._replayed = replayed
         self._idle = False
         sites = _local_sites(bundle.card, model, rank)
-        positions = [position for site in sites for position in site.positions]
+        self.positions = [position for site in sites for position in site.positions]
+        """Which of the bundle's features this rank holds, in the order in which it does."""
         self._head = ProbeHead(
             bundle.scorer,
-            positions,
+            self.positions,
             max_requests=max_requests,
             dtype=dtype,
             device=device,
@@ -93,7 +94,9 @@ class Taps:
         self._widths = torch.tensor([site.width for site in sites for _ in site.columns], device=device)
         # Row 0 everywhere: right for any batch, so a forward pass that nobody staged stays in bounds.
         self._index = self._columns.repeat(max_requests, 1)
-        self._features = torch.full((max_requests, len(positions)), torch.nan, dtype=dtype, device=device)
+        self._features = torch.full(
+            (max_requests, len(self.positions)), torch.nan, dtype=dtype, device=device
+        )
         self._buffers = ScoreBuffers(max_requests, device)
         begin = 0
         for site in sites:
@@ -158,6 +161,10 @@ class Taps:
         if self._replayed:
             self._index[:count] = self._columns
         return self._buffers.to_host(self.staging.request_ids, logits)
+
+    def features(self, count: int) -> Tensor:
+        """This rank's features ``[count, positions]`` of the step scored last; the next overwrites them."""
+        return self._features[:count]
 
 
 def _replayed_hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -89,9 +89,12 @@ def bundle(kind: ProbeKind = "linear", sites: tuple[Site, ...] = SITES) -> Bundl
     def new(*shape: int) -> Any:
         return rng.standard_normal(shape).astype(np.float32)
 
-    scorer = (
-        Scorer.linear(new(features), 0.5) if kind == "linear" else Scorer(new(7, features), new(7), new(7))
-    )
+    if kind == "product":
+        scorer = Scorer(new(2, features), new(2), product=True)
+    elif kind == "linear":
+        scorer = Scorer.linear(new(features), 0.5)
+    else:
+        scorer = Scorer(new(7, features), new(7), new(7))
     return Bundle(card(model=MODEL, sites=sites, probe=kind), scorer)
 
 

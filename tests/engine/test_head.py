@@ -19,7 +19,7 @@ pytestmark = [  # vLLM and its dependencies warn a lot
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.filterwarnings("error:::guard"),
 ]
-KINDS: tuple[ProbeKind, ...] = ("linear", "mlp")
+KINDS: tuple[ProbeKind, ...] = ("linear", "mlp", "product")
 SPANS = tapped.SPANS
 
 

@@ -2,6 +2,7 @@ import math
 
 import pytest
 
+from guard.bundle import Calibration
 from guard.engine.errors import GuardStartupError
 from guard.engine.ledger import Ledger
 from guard.sealed import Keyring
@@ -40,6 +41,24 @@ def test_default_policy_refuses_above_its_threshold_and_passes_below():
         1,
     )
     assert verdict.probability == pytest.approx(1 / (1 + math.exp(0.1)))
+
+
+def test_isotonic_probabilities_are_decided_on_where_the_bundle_says():
+    calibration = Calibration(
+        kind="isotonic", slope=0.5, offset=0.0, knots=((-1.0, -2.0), (0.0, 0.5), (2.0, 0.75))
+    )
+    made = Ledger(
+        card(calibration=calibration), bundle="b" * 64, dtype="float32", default=REFUSE_AT_HALF, keys=KEYS,
+        audience="here",
+    )  # fmt: skip
+    for prompt, logit in zip(PROMPTS, (1.0, -1.0), strict=True):
+        verdict = judge(made, logit, prompt=prompt)
+        assert verdict.probability == calibration.probability(logit)
+    # z(-0.2) = 0.5 - 2.5 * 0.2 = 0, where P(unsafe) is the default's 0.5.
+    assert made.self_test.passed
+    assert judge(made, -0.2 + 1e-9).action == "refuse"
+    assert judge(made, -0.2 - 1e-9).action == "pass"
+    assert judge(made, 5.0).probability == pytest.approx(1 / (1 + math.exp(-0.75 - 0.5 * 3)))
 
 
 def test_verdict_at_exactly_the_threshold_is_a_refusal():

@@ -22,7 +22,7 @@ pytestmark = [  # vLLM and its dependencies warn a lot
     pytest.mark.filterwarnings("error:::guard"),
 ]
 SPANS = tapped.SPANS
-KINDS: tuple[ProbeKind, ...] = ("linear", "mlp")
+KINDS: tuple[ProbeKind, ...] = ("linear", "mlp", "product")
 
 
 def scored(replayed: bool, kind: ProbeKind = "linear", spans: list[Span] = SPANS) -> dict[str, float]:

@@ -9,8 +9,9 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.preprocessing import StandardScaler
 
 from guard import mlp_probe
+from guard.leave_out import choose_strength
 from guard.mlp_probe import HiddenLayer
-from guard.probe import LINEAR, ProbeError, choose_strength, fit_probe
+from guard.probe import LINEAR, ProbeError, fit_probe
 
 
 def exclusive_or(n: int = 1500, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -37,9 +37,38 @@ def test_a_hidden_layer_lets_through_what_is_positive() -> None:
     assert found.tolist() == [2 - 11 + 0.25, 10 + 0.25]
 
 
+def test_a_product_has_the_probability_of_both() -> None:
+    scorer = Scorer(WEIGHT[:2], BIAS[:2], product=True)
+    assert (scorer.kind, scorer.hidden, scorer.features) == ("product", 2, 2)
+    x = np.array([[3, 1], [-1, -1], [0.5, 4], [20, 0]], dtype=np.float32)
+    found = scorer.logits(x)
+    assert found.dtype == np.float32
+    u, v = (x @ WEIGHT[:2].T + BIAS[:2]).astype(np.float64).T
+    both = 1 / (1 + np.exp(-u)) / (1 + np.exp(-v))
+    np.testing.assert_allclose(1 / (1 + np.exp(-found.astype(np.float64))), both, rtol=1e-5)
+    far = scorer.logits(np.array([[300, -300], [-300, 300], [3000, 0], [-3000, 0]], dtype=np.float32))
+    # The smaller of the two; where both are unlikely, their sum.
+    np.testing.assert_allclose(far, [449, -1051, 3000, -9001], atol=2)
+
+
+def test_a_bundle_keeps_a_product_and_its_digest_covers_both_probes(tmp_path: Path) -> None:
+    plain = worlds.bundle().card
+    random = np.random.default_rng(0)
+    scorer = Scorer(*(random.standard_normal(s, dtype=np.float32) for s in ((2, 10), 2)), product=True)
+    bundle = Bundle(plain.model_copy(update={"probe": "product"}), scorer)
+    loaded = Bundle.load(bundle.save(tmp_path / "b"))
+    assert loaded.digest == bundle.digest
+    x = random.standard_normal((4, 10), dtype=np.float32)
+    np.testing.assert_array_equal(loaded.logits(x), bundle.logits(x))
+    turned = Scorer(scorer.weight[::-1].copy(), scorer.bias, product=True)
+    assert Bundle(bundle.card, turned).digest != bundle.digest
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"product": True}, "a product of two probes has no hidden layer"),
+        ({"product": True, "readout": None}, "product probe with 3 rows of weights, expected 2"),
         ({"weight": WEIGHT[0]}, r"weight is float32\[2\]"),
         ({"weight": WEIGHT.astype(np.float64)}, r"weight is float64\[3, 2\]"),
         ({"bias": BIAS[:2]}, r"bias is float32\[2\], expected float32\[3\]"),

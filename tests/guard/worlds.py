@@ -109,14 +109,17 @@ class Planted(NamedTuple):
     """Units file with the neurons that the labels depend on."""
 
 
-def planted(root: Path) -> Planted:
-    """Labels = a sum of six standardised neurons, thresholded: no word gives them away."""
+def planted(root: Path, **sizes: int) -> Planted:
+    """Labels = a sum of six standardised neurons, thresholded: no word gives them away.
+
+    ``sizes`` are those of :func:`model`.
+    """
 
     def rule(values: np.ndarray) -> np.ndarray:
         total = ((values - values.mean(0)) / values.std(0)).sum(1)
         return np.asarray(total > np.quantile(total, 0.6))
 
-    return _planted(root, {0: [3, 17], 1: [8, 40], 2: [5, 21]}, rule)
+    return _planted(root, {0: [3, 17], 1: [8, 40], 2: [5, 21]}, rule, **sizes)
 
 
 def exclusive(root: Path) -> Planted:
@@ -129,8 +132,10 @@ def exclusive(root: Path) -> Planted:
     return _planted(root, {0: [3], 1: [8]}, rule)
 
 
-def _planted(root: Path, neurons: dict[int, list[int]], rule: Callable[[np.ndarray], np.ndarray]) -> Planted:
-    made = model()
+def _planted(
+    root: Path, neurons: dict[int, list[int]], rule: Callable[[np.ndarray], np.ndarray], **sizes: int
+) -> Planted:
+    made = model(**sizes)
     shape = shape_of(made.config)
     prompts = texts(2100, seed=1)
     ids = [encode(tokenizer(), [{"role": "user", "content": text}]) for text in prompts]
