@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
@@ -13,14 +15,16 @@ from starlette.exceptions import HTTPException
 
 from guard import __version__
 from guard.sealed import KeyFileError, Keyring
-from service.api import chat, completions, health, models, moderations
+from service.api import admin, chat, completions, health, models, moderations
 from service.backend import Backend
 from service.engine import EngineWatch
 from service.errors import ApiError, ConfigError
 from service.gateway import Gateway, gateway_of, record_of
+from service.judge import Judges
 from service.metrics import Metrics
 from service.openapi import document
-from service.policy import load_policies
+from service.policy_file import Policies
+from service.policy_store import Commit, PolicyStore
 from service.request_log import RequestLog
 from service.settings import Settings
 
@@ -29,30 +33,34 @@ def create_app(
     settings: Settings,
     *,
     transport: httpx.AsyncBaseTransport | None = None,
+    judge_transport: httpx.AsyncBaseTransport | None = None,
     registry: CollectorRegistry | None = None,
 ) -> FastAPI:
-    """Build the gateway. ``transport`` replaces the connection to the engine.
+    """Build the gateway. The transports replace the connections to the engine and to judges.
 
     Raises ConfigError: a file that cannot be used, or an address that would let in everybody.
     """
-    policies = load_policies(settings.policy_file)
-    if not policies.keys and not settings.loopback:
-        raise ConfigError(
-            f"Without keys in the policy file the gateway serves loopback only, and '{settings.host}' is not "
-            "a loopback address; add keys or set NEURONGUARD_HOST=127.0.0.1."
-        )
-    try:
-        keys = Keyring.load(settings.key_file)
-    except KeyFileError as error:
-        raise ConfigError(f"The key ring cannot be used: {error}.") from error
     if registry is None:
         registry = CollectorRegistry()
         ProcessCollector(registry=registry)
     metrics = Metrics(registry)
+    store = PolicyStore(settings.policy_file, metrics, needs_keys=not settings.loopback)
+    try:
+        keys = Keyring.load(settings.key_file)
+    except KeyFileError as error:
+        raise ConfigError(f"The key ring cannot be used: {error}.") from error
     metrics.inflight_limit.set(settings.max_connections)
     backend = Backend(settings, keys, transport)
-    engine = EngineWatch(backend, policies, metrics, settings.status_interval)
-    gateway = Gateway(settings, policies, keys, backend, engine, metrics)
+    engine = EngineWatch(backend, store, metrics, settings.status_interval)
+    judges = Judges(metrics, judge_transport)
+
+    def judges_change(policies: Policies) -> Commit:
+        found = judges.prepare(policies)
+        return lambda: judges.use(policies, found)
+
+    store.join(engine.prepare)
+    store.join(judges_change)
+    gateway = Gateway(settings, store, keys, backend, engine, judges, metrics)
 
     app = FastAPI(
         title="neuronguard gateway",
@@ -64,7 +72,7 @@ def create_app(
     )
     app.state.gateway = gateway
     app.openapi = lambda: document(app)  # type: ignore[method-assign]
-    for module in (chat, completions, models, moderations, health):
+    for module in (chat, completions, models, moderations, admin, health):
         app.include_router(module.router)
     if settings.metrics_port is None:
         app.include_router(health.metrics_router)
@@ -77,13 +85,22 @@ def create_app(
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     gateway: Gateway = app.state.gateway
-    watch = asyncio.create_task(gateway.engine.run())
+    tasks = [asyncio.create_task(gateway.engine.run())]
+    if gateway.settings.policy_file is not None and gateway.settings.policy_interval:
+        tasks.append(asyncio.create_task(gateway.store.watch(gateway.settings.policy_interval)))
+    hangup = threading.current_thread() is threading.main_thread()
+    if hangup:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, gateway.store.reload_or_log)
     try:
         yield
     finally:
-        watch.cancel()
-        with suppress(asyncio.CancelledError):
-            await watch
+        if hangup:
+            asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
+        for task in tasks:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+        await gateway.judges.close()
         await gateway.backend.close()
 
 

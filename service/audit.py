@@ -31,6 +31,8 @@ class AuditRecord:
     """What the rules said."""
     action: str | None = None
     """What was done."""
+    judge: str | None = None
+    """What the judge said of an escalated request: ``safe``, ``unsafe`` or ``failed``."""
     probability: float | None = None
     """P(unsafe); only when the settings allow it."""
     bundle: str | None = None

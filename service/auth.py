@@ -1,31 +1,22 @@
-"""Who is asking: an API key's tenant and policy."""
+"""Who is asking: the API key behind a request, and what it may do."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-from dataclasses import dataclass
 
 from service.errors import ApiError
-from service.policy import DEFAULT_NAME, Policies
+from service.policy_file import RIGHTS, ApiKey, Policies, Right
 
 
-@dataclass(frozen=True)
-class Caller:
-    """The party behind a request."""
-
-    tenant: str | None
-    policy: str
-
-
-def authenticate(policies: Policies, authorization: str | None) -> Caller:
-    """Find the caller of an ``Authorization`` header. Raises ApiError 401.
+def authenticate(policies: Policies, authorization: str | None) -> ApiKey | None:
+    """Find the key of an ``Authorization`` header; None where there are no keys. Raises ApiError 401.
 
     Without keys in the policy file everybody is let in (and the gateway binds loopback only). All digests are
     compared, each in constant time, so that the time taken says nothing about which one was close.
     """
     if not policies.keys:
-        return Caller(None, DEFAULT_NAME)
+        return None
     scheme, _, token = (authorization or "").partition(" ")
     if scheme.lower() != "bearer" or not token.strip():
         raise _unauthorized("No API key was sent. Send it as 'Authorization: Bearer <key>'.")
@@ -36,7 +27,20 @@ def authenticate(policies: Policies, authorization: str | None) -> Caller:
             found = key
     if found is None:
         raise _unauthorized("The API key is not known here.")
-    return Caller(found.tenant, found.policy)
+    return found
+
+
+def require(key: ApiKey | None, *rights: Right) -> None:
+    """Raises ApiError 403 unless the key has one of these rights; without keys everybody has all of them."""
+    held = RIGHTS if key is None else key.rights
+    if not set(rights) & set(held):
+        raise ApiError(
+            403,
+            f"The API key does not have the right '{rights[0]}', which this route needs.",
+            code="insufficient_rights",
+            stage="auth",
+            kind="permission_error",
+        )
 
 
 def _unauthorized(message: str) -> ApiError:

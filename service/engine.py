@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from guard.verdict import EngineStatus
 from service.backend import Backend, BackendError
-from service.errors import unavailable
+from service.errors import ApiError, unavailable
 from service.metrics import Metrics
-from service.policy import BoundPolicy, Policies, PolicyError, bind
+from service.policy import BoundPolicy, PolicyError
+from service.policy_file import Policies, bind
+from service.policy_store import Commit, PolicyStore
 
 logger = logging.getLogger("neuronguard.gateway")
 
@@ -26,14 +28,28 @@ class ReadyEngine:
 
     status: EngineStatus
     policies: dict[str, BoundPolicy]
+    source: Policies
+    """The file that ``policies`` come from."""
+
+    def policy(self, source: Policies, name: str) -> BoundPolicy:
+        """A policy of the file that a request was admitted with, which may no longer be the one in force.
+
+        Raises ApiError 503 when that file and this engine do not go together.
+        """
+        if source is self.source:
+            return self.policies[name]
+        try:
+            return source.bind(name, self.status)
+        except PolicyError as error:
+            raise _not_ready() from error
 
 
 class EngineWatch:
     """Polls the engine's status until it is stopped, more and more slowly while the engine is away."""
 
-    def __init__(self, backend: Backend, policies: Policies, metrics: Metrics, interval: float) -> None:
+    def __init__(self, backend: Backend, store: PolicyStore, metrics: Metrics, interval: float) -> None:
         self._backend = backend
-        self._policies = policies
+        self._store = store
         self._metrics = metrics
         self._interval = interval
         self._ready: ReadyEngine | None = None
@@ -56,10 +72,20 @@ class EngineWatch:
     def require(self) -> ReadyEngine:
         """The engine. Raises ApiError 503 when it is not ready."""
         if self._ready is None:
-            raise unavailable(
-                "The model is not ready. Try again later.", code="engine_not_ready", stage="backend"
-            )
+            raise _not_ready()
         return self._ready
+
+    def prepare(self, policies: Policies) -> Commit:
+        """What a new policy file means for this engine. Raises PolicyError when they do not go together."""
+        if self._ready is None or not policies.accepts(self._ready.status.bundle):
+            return self.look_again
+        ready = ReadyEngine(self._ready.status, bind(policies, self._ready.status), policies)
+
+        def commit() -> None:
+            self._ready = ready
+            self._metrics.in_force([(ready.status, ready.policies.values())])
+
+        return commit
 
     def look_again(self) -> None:
         """Ask at once, because something about a request was not as the last status said."""
@@ -106,22 +132,23 @@ class EngineWatch:
         if status.state != "ready":
             self._lose(f"the engine is {status.state}: {status.detail}")
             return
-        if self._ready is not None and self._ready.status == status:
+        policies = self._store.current
+        if self._ready is not None and self._ready.status == status and self._ready.source is policies:
             return
-        accepted = self._policies.accepts(status.bundle)
+        accepted = policies.accepts(status.bundle)
         self._metrics.bundle_mismatch.labels(self._backend.name).set(not accepted)
         if not accepted:
             self._lose(f"the engine's bundle {status.bundle} is not under bundles in the policy file")
             return
         try:
-            policies = bind(self._policies, status)
+            bound = bind(policies, status)
         except PolicyError as error:
             self._lose(str(error))
             return
-        self._ready = ReadyEngine(status, policies)
+        self._ready = ReadyEngine(status, bound, policies)
         self._why = ""
         self._metrics.upstream_up.labels(self._backend.name).set(1)
-        self._metrics.in_force(status, policies.values())
+        self._metrics.in_force([(status, bound.values())])
         logger.info(
             "engine ready: model %s, bundle %s, audience %s", status.model, status.bundle, status.audience
         )
@@ -132,3 +159,7 @@ class EngineWatch:
         self._ready = None
         self._why = why
         self._metrics.upstream_up.labels(self._backend.name).set(0)
+
+
+def _not_ready() -> ApiError:
+    return unavailable("The model is not ready. Try again later.", code="engine_not_ready", stage="backend")

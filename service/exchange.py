@@ -11,13 +11,16 @@ import logging
 import re
 import time
 import uuid
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from guard.verdict import DIRECTIVE_HEADER, VERDICT_HEADER, Decision, Verdict, VerdictError
 from service.backend import BackendError, EngineAnswer, TooSlowError, UnreachableError
 from service.directives import Order
 from service.errors import RETRY_AFTER, ApiError, bad_request, bad_upstream, unavailable, unknown_model
 from service.gateway import Call
+from service.judge import Turn
 from service.request_log import REQUEST_ID_HEADER
 
 logger = logging.getLogger("neuronguard.gateway")
@@ -41,6 +44,8 @@ class Forward:
     siblings: int
     stream: bool
     decision: Decision
+    turns: Callable[[], list[Turn] | None]
+    """The conversation as a judge reads it, made only when one is asked; None: there is no text."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +58,21 @@ class Judged:
     """``time.perf_counter()`` just before the request went out."""
     judged: float
     """``time.perf_counter()`` when the verdict was here."""
+    escalated: Literal["pass", "refuse"] | None = None
+    """What was decided about a request that the rules escalated."""
+
+    @property
+    def said(self) -> str:
+        """What the rules said."""
+        if self.escalated is not None:
+            return "escalate"
+        return (self.verdict.decision if self.verdict else None) or "none"
 
     @property
     def action(self) -> str:
         """What was done, as clients and metrics are told."""
+        if self.escalated == "refuse":
+            return "refuse"
         return self.verdict.action if self.verdict else UNGUARDED
 
 
@@ -67,11 +83,40 @@ async def exchange(call: Call, forward: Forward) -> Judged:
     """
     try:
         judged = await _exchange(call, forward)
+        if judged.action == "escalate":
+            judged = await _escalate(call, forward, judged)
     except BaseException:  # a client that goes away cancels this; its request was sent all the same
-        _count(call, forward, None, "none")
+        _count(call, forward, None)
         raise
-    _count(call, forward, judged.verdict, judged.action)
+    _count(call, forward, judged)
     return judged
+
+
+async def _escalate(call: Call, forward: Forward, judged: Judged) -> Judged:
+    """Ask the judge about a request that the engine has ended for it, and send it again if it may pass.
+
+    The second directive is bound to the same bytes, and its rules still refuse what they refused: a judge can
+    widen nothing but the band that it was asked about.
+    """
+    await judged.answer.close()
+    if await decide(call, forward, judged.verdict) == "refuse":
+        return replace(judged, escalated="refuse")
+    again = await _exchange(call, replace(forward, decision=call.bound.after_judge))
+    if again.action not in ("pass", "tag", UNGUARDED):
+        return again
+    return replace(again, escalated="pass")
+
+
+async def decide(call: Call, forward: Forward, verdict: Verdict | None) -> Literal["pass", "refuse"]:
+    """What becomes of an escalated request: the judge's opinion, or its ``on_error``."""
+    if verdict is None or verdict.probability is None:
+        return "refuse"
+    name, judge = call.arrival.policies.judge(call.bound.judge(verdict.probability))
+    outcome = await call.gateway.judges.ask(name, judge, forward.turns())
+    call.record.judge = outcome
+    if outcome == "failed":
+        return judge.on_error
+    return "refuse" if outcome == "unsafe" else "pass"
 
 
 async def _exchange(call: Call, forward: Forward) -> Judged:
@@ -113,7 +158,7 @@ def _headers(call: Call) -> dict[str, str]:
     upstream_id = uuid.uuid4().hex
     call.record.upstream_id = upstream_id
     headers = {REQUEST_ID_HEADER: upstream_id}
-    trace = call.request.headers.get("traceparent", "")
+    trace = call.arrival.request.headers.get("traceparent", "")
     if _TRACEPARENT.fullmatch(trace):
         headers["traceparent"] = trace
     return headers
@@ -150,10 +195,10 @@ def _verify(call: Call, order: Order, answer: EngineAnswer) -> Verdict | None:
     return verdict
 
 
-def _count(call: Call, forward: Forward, verdict: Verdict | None, action: str) -> None:
-    record, metrics = call.record, call.gateway.metrics
-    model = record.model or call.engine.status.model
-    said = (verdict.decision if verdict else None) or "none"
+def _count(call: Call, forward: Forward, judged: Judged | None) -> None:
+    record, metrics, model = call.record, call.gateway.metrics, call.model
+    verdict = judged.verdict if judged else None
+    said, action = (judged.said, judged.action) if judged else ("none", "none")
     record.mode, record.stream, record.verdict, record.action = (
         forward.decision.mode,
         forward.stream,
@@ -171,8 +216,8 @@ def _count(call: Call, forward: Forward, verdict: Verdict | None, action: str) -
         metrics.score.labels(model).observe(verdict.probability)
         if call.gateway.settings.audit_scores:
             record.probability = max(verdict.probability, record.probability or 0.0)
-    if forward.stream or verdict.action != "pass":
-        elapsed = time.perf_counter() - call.arrived
+    if forward.stream or action != "pass":
+        elapsed = time.perf_counter() - call.arrival.arrived
         record.verdict_seconds = round(elapsed, 6)
         metrics.time_to_verdict.observe(elapsed)
 
@@ -221,7 +266,7 @@ async def _upstream_error(call: Call, answer: EngineAnswer) -> ApiError:
         return bad_request(message or "The model's server refused the request.", param=param)
     if answer.status == 404 and "does not exist" in message:
         call.gateway.engine.look_again()
-        return unknown_model(call.record.model or call.engine.status.model)
+        return unknown_model(call.model)
     if answer.status == 429:
         return ApiError(
             429,
@@ -251,4 +296,4 @@ def _parse_error(body: bytes) -> tuple[str, str, str | None]:
 
 
 def _prompt_field(call: Call) -> str:
-    return next((name for name in ("messages", "prompt", "input") if name in call.body), "messages")
+    return next((name for name in ("messages", "prompt", "input") if name in call.arrival.body), "messages")

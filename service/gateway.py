@@ -14,12 +14,15 @@ from starlette.types import Receive
 
 from guard.sealed import Keyring
 from service.audit import AuditRecord
-from service.auth import authenticate
+from service.auth import authenticate, require
 from service.backend import Backend
 from service.engine import EngineWatch, ReadyEngine
 from service.errors import ApiError, ClientGoneError, bad_request, unknown_model
+from service.judge import Judges
 from service.metrics import Metrics
-from service.policy import BoundPolicy, Policies
+from service.policy import BoundPolicy
+from service.policy_file import ApiKey, Policies, Right
+from service.policy_store import PolicyStore
 from service.settings import Settings
 from service.strict_json import parse_object
 
@@ -31,31 +34,61 @@ class Gateway:
     """Everything that requests share."""
 
     settings: Settings
-    policies: Policies
+    store: PolicyStore
     keys: Keyring
     backend: Backend
     engine: EngineWatch
+    judges: Judges
     metrics: Metrics
 
 
 @dataclass(frozen=True)
-class Call:
+class Arrival:
     """One authenticated request whose body has been read."""
 
     gateway: Gateway
     request: Request
     record: AuditRecord
-    engine: ReadyEngine
-    bound: BoundPolicy
+    policies: Policies
+    """The policies in force when it was admitted, which stay in force for it."""
+    key: ApiKey | None
     body: dict[str, Any]
     arrived: float
     """``time.perf_counter()`` when the body was complete."""
 
-    def check_model(self, model: str) -> None:
-        """Raises ApiError 404 unless the engine serves ``model``."""
-        if model not in self.engine.status.names:
+    def call(self, model: str | None) -> Call:
+        """The request as one to the engine, for this model; None: whatever is served.
+
+        Raises ApiError 404 unless the engine serves ``model``, 503 when it is not ready.
+        """
+        engine = self.gateway.engine.require()
+        model = engine.status.model if model is None else model
+        if model not in engine.status.names:
             raise unknown_model(model)
         self.record.model = model
+        bound = engine.policy(self.policies, self.policies.policy_for(self.key, model))
+        self.record.policy = bound.name
+        return Call(self, engine, bound, model)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request to the engine, under the policy that it falls under."""
+
+    arrival: Arrival
+    engine: ReadyEngine
+    bound: BoundPolicy
+    model: str
+
+    @property
+    def gateway(self) -> Gateway:
+        """What all requests share."""
+        return self.arrival.gateway
+
+    @property
+    def record(self) -> AuditRecord:
+        """The request's audit record."""
+        return self.arrival.record
 
 
 def gateway_of(request: Request) -> Gateway:
@@ -68,23 +101,24 @@ def record_of(request: Request) -> AuditRecord:
     return cast(AuditRecord, request.state.record)
 
 
-def admit(request: Request) -> tuple[Gateway, ReadyEngine, BoundPolicy]:
-    """Authenticate and find policy and engine. Raises ApiError 401 or 503."""
-    gateway, record = gateway_of(request), record_of(request)
-    caller = authenticate(gateway.policies, request.headers.get("authorization"))
-    record.tenant, record.policy = caller.tenant, caller.policy
-    engine = gateway.engine.require()
-    return gateway, engine, engine.policies[caller.policy]
+def admit(request: Request, *rights: Right) -> tuple[Policies, ApiKey | None]:
+    """Authenticate a request that needs one of ``rights``. Raises ApiError 401 or 403."""
+    policies, record = gateway_of(request).store.current, record_of(request)
+    key = authenticate(policies, request.headers.get("authorization"))
+    record.tenant = key.tenant if key is not None else None
+    require(key, *rights)
+    return policies, key
 
 
-async def begin(request: Request) -> Call:
+async def begin(request: Request, *rights: Right) -> Arrival:
     """Admit a request and read its body. Raises ApiError."""
-    gateway, engine, bound = admit(request)
-    settings = gateway.settings
-    body = await _read(request, settings)
+    gateway = gateway_of(request)
+    policies, key = admit(request, *rights)
+    gateway.engine.require()  # before the body is read
+    body = await _read(request, gateway.settings)
     arrived = time.perf_counter()
-    value = parse_object(body, max_depth=settings.max_json_depth)
-    return Call(gateway, request, record_of(request), engine, bound, value, arrived)
+    value = parse_object(body, max_depth=gateway.settings.max_json_depth)
+    return Arrival(gateway, request, record_of(request), policies, key, value, arrived)
 
 
 async def _read(request: Request, settings: Settings) -> bytes:

@@ -16,7 +16,8 @@ from service.chat_body import ChatBody
 from service.completion_body import CompletionBody
 from service.errors import ClientGoneError, bad_request, bad_upstream
 from service.exchange import Forward, Judged, exchange
-from service.gateway import Call, unless_gone
+from service.gateway import Arrival, Call, unless_gone
+from service.judge import turns_of
 from service.refusal import RefusedAnswer
 from service.stream import (
     AnswerWatch,
@@ -31,9 +32,11 @@ EVENT_STREAM = "text/event-stream"
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
-async def generate(call: Call, body: ChatBody | CompletionBody, route: Literal["chat", "text"]) -> Response:
+async def generate(
+    arrival: Arrival, body: ChatBody | CompletionBody, route: Literal["chat", "text"]
+) -> Response:
     """Answer a generating request. Raises ApiError and ClientGoneError."""
-    call.check_model(body.model)
+    call = arrival.call(body.model)
     limit = call.gateway.settings.max_siblings
     if body.siblings > limit:
         raise bad_request(
@@ -45,8 +48,9 @@ async def generate(call: Call, body: ChatBody | CompletionBody, route: Literal["
         siblings=body.siblings,
         stream=body.streamed,
         decision=call.bound.decision,
+        turns=lambda: turns_of(arrival.body),
     )
-    receive = call.request.receive
+    receive = arrival.request.receive
     judged = await unless_gone(receive, exchange(call, forward))
     ready = judged.judged
     try:
@@ -62,7 +66,7 @@ async def generate(call: Call, body: ChatBody | CompletionBody, route: Literal["
     except BaseException:
         await judged.answer.close()
         raise
-    call.gateway.metrics.overhead.observe(judged.sent - call.arrived + time.perf_counter() - ready)
+    call.gateway.metrics.overhead.observe(judged.sent - arrival.arrived + time.perf_counter() - ready)
     return response
 
 

@@ -21,7 +21,10 @@ logger = logging.getLogger("neuronguard.gateway")
 REQUEST_ID_HEADER = "x-request-id"
 UNAUDITED = ("/healthz", "/readyz", "/metrics", "/openapi.json")
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/moderations", "/v1/models")
+_ROUTES = (
+    *("/v1/chat/completions", "/v1/completions", "/v1/moderations", "/v1/models"),
+    "/admin/policies/reload",
+)
 
 
 class RequestLog:

@@ -25,6 +25,8 @@ class Settings(BaseSettings):
     """The key ring shared with the engine (``guard.sealed.Keyring``)."""
     policy_file: Path | None = None
     """Policies and API keys. Without one: refuse at the engine's default decision, no API keys."""
+    policy_interval: float = Field(default=5.0, ge=0)
+    """Between two looks at whether the policy file has changed; 0: only on SIGHUP and when asked to."""
     host: str = "127.0.0.1"
     """Address to bind. Anything but loopback needs API keys in the policy file."""
     port: int = Field(default=8000, ge=0, le=65535)

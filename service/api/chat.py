@@ -14,5 +14,5 @@ router = APIRouter()
 @router.post("/v1/chat/completions", openapi_extra=takes(ChatBody))
 async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation, or refuse to."""
-    call = await begin(request)
-    return await generate(call, validate(ChatBody, call.body), "chat")
+    arrival = await begin(request, "chat")
+    return await generate(arrival, validate(ChatBody, arrival.body), "chat")

@@ -14,5 +14,5 @@ router = APIRouter()
 @router.post("/v1/completions", openapi_extra=takes(CompletionBody))
 async def create_completion(request: Request) -> Response:
     """Continue a text, or refuse to."""
-    call = await begin(request)
-    return await generate(call, validate(CompletionBody, call.body), "text")
+    arrival = await begin(request, "chat")
+    return await generate(arrival, validate(CompletionBody, arrival.body), "text")

@@ -159,6 +159,7 @@ async def test_the_description_names_every_route_and_resolves(tmp_path: Path) ->
         "/v1/moderations",
         "/v1/models",
         "/v1/models/{model_id}",
+        "/admin/policies/reload",
         "/healthz",
         "/readyz",
         "/metrics",

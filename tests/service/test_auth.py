@@ -3,9 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from service.auth import Caller, authenticate
+from service.auth import authenticate
 from service.errors import ApiError
-from service.policy import Policies, Policy
+from service.policy import Policy
+from service.policy_file import Policies
 from tests.service.world import CHAT, world
 
 KEY = "sk-acme-1"
@@ -24,8 +25,10 @@ def policies() -> Policies:
 
 
 def test_a_key_leads_to_its_tenant_and_policy() -> None:
-    assert authenticate(policies(), f"Bearer {KEY}") == Caller("acme", "strict")
-    assert authenticate(policies(), f"bearer  {KEY} ") == Caller("acme", "strict")
+    for header in (f"Bearer {KEY}", f"bearer  {KEY} "):
+        found = authenticate(policies(), header)
+        assert found is not None
+        assert (found.tenant, policies().policy_for(found, "any")) == ("acme", "strict")
 
 
 @pytest.mark.parametrize(
@@ -40,7 +43,9 @@ def test_anything_else_is_a_401(header: str | None) -> None:
 
 
 def test_without_keys_everybody_gets_the_default_policy() -> None:
-    assert authenticate(Policies(policies={"default": Policy()}), None) == Caller(None, "default")
+    open_to_all = Policies(policies={"default": Policy()})
+    assert authenticate(open_to_all, None) is None
+    assert open_to_all.policy_for(None, "any") == "default"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from service.backend import Backend, BackendError, BrokenError, UnreachableError
 from service.engine import EngineWatch
 from service.errors import ApiError
 from service.metrics import Metrics
-from service.policy import load_policies
+from service.policy_store import PolicyStore
 from service.settings import Settings
 from tests.service.world import BAD_CHAT, CHAT, MODEL, World, a_status, eventually, world
 
@@ -106,7 +106,9 @@ class ScriptedBackend:
 
 def watching(*script: EngineStatus | BackendError) -> EngineWatch:
     backend: object = ScriptedBackend(*script)
-    return EngineWatch(backend, load_policies(None), Metrics(CollectorRegistry()), 1.0)  # type: ignore[arg-type]
+    metrics = Metrics(CollectorRegistry())
+    store = PolicyStore(None, metrics, needs_keys=False)
+    return EngineWatch(backend, store, metrics, 1.0)  # type: ignore[arg-type]
 
 
 async def test_one_missed_status_is_forgiven_three_are_not() -> None:

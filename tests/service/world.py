@@ -113,6 +113,7 @@ class FakeEngine:
         self.answer: bytes | None = None
         self.media_type: bytes | None = None
         self.before_headers = 0.0
+        self.score: float | None = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -164,7 +165,7 @@ class FakeEngine:
 
     def judge(self, body: dict[str, Any], directive: Directive) -> Verdict:
         prompt = json.dumps(body.get("messages") or body.get("prompt"))
-        probability = 0.97 if "bomb" in prompt else 0.01
+        probability = self.score if self.score is not None else 0.97 if "bomb" in prompt else 0.01
         decision = directive.decision
         said = decision.decide(probability)
         action: Any = {"enforce": said, "observe": "pass", "check": "checked"}[decision.mode]
@@ -191,7 +192,7 @@ class FakeEngine:
         verdict = self.change(self.judge(body, directive))
         sealed = self.seal(verdict)
         extra = [] if sealed is None else [(VERDICT_HEADER.encode(), sealed.encode())]
-        if verdict.action in ("refuse", "checked", "error") and not self.leak:
+        if verdict.action in ("refuse", "escalate", "checked", "error") and not self.leak:
             await _json(send, 200, {}, extra)
             return
         if body.get("stream") or self.stream is not None:
@@ -302,6 +303,7 @@ async def world(
     *,
     ready: bool = True,
     engine: FakeEngine | None = None,
+    judge: httpx.AsyncBaseTransport | None = None,
     **changes: Any,
 ) -> AsyncIterator[World]:
     engine = engine or FakeEngine()
@@ -309,6 +311,7 @@ async def world(
     app = create_app(
         settings_for(engine, folder, policy, **changes),
         transport=httpx.ASGITransport(engine),
+        judge_transport=judge,
         registry=registry,
     )
     transport = httpx.ASGITransport(app)

@@ -1,0 +1,90 @@
+"""Check only: prompts are prefilled and scored, and nothing is generated.
+
+Every input is an engine request of its own under the caller's policy, in the engine's mode ``check``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+from guard.verdict import RuleAction, Verdict
+from service.errors import unavailable
+from service.exchange import Forward, decide, exchange
+from service.gateway import Call, unless_gone
+from service.judge import turns_of
+from service.strict_json import dump
+
+AT_ONCE = 8
+"""Inputs of one request that are at the engine at one time."""
+
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found about one input."""
+
+    verdict: Verdict
+    decision: RuleAction
+    """What the policy says; where its rule is ``escalate``, what the judge made of it."""
+
+    @property
+    def flagged(self) -> bool:
+        """Whether the policy says anything but ``pass``."""
+        return self.decision != "pass"
+
+
+def of_user(content: str | list[dict[str, str]]) -> Messages:
+    """A conversation that consists of one message of a user."""
+    return [{"role": "user", "content": content}]
+
+
+async def check_all(call: Call, inputs: Sequence[Messages]) -> list[Finding]:
+    """Judge several conversations; all are judged, or the request fails. Raises ApiError, ClientGoneError."""
+    findings = await unless_gone(call.arrival.request.receive, _check_all(call, inputs))
+    worst = reduce(Verdict.worse_of, (finding.verdict for finding in findings))
+    call.record.verdict = worst.decision
+    return findings
+
+
+async def _check_all(call: Call, inputs: Sequence[Messages]) -> list[Finding]:
+    turn = asyncio.Semaphore(AT_ONCE)
+
+    async def one(messages: Messages) -> Finding:
+        async with turn:
+            return await _check(call, messages)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(messages)) for messages in inputs]
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+async def _check(call: Call, messages: Messages) -> Finding:
+    body = {"model": call.model, "messages": messages}
+    forward = Forward(
+        path="/v1/chat/completions",
+        body=dump(body | {"max_tokens": 1}),
+        siblings=1,
+        stream=False,
+        decision=call.bound.decision.model_copy(update={"mode": "check"}),
+        turns=lambda: turns_of(body),
+    )
+    judged = await exchange(call, forward)
+    await judged.answer.close()
+    verdict = judged.verdict
+    if verdict is None or verdict.decision is None:
+        # There is nothing to answer with, whatever the policy lets through elsewhere.
+        raise unavailable(
+            "The request could not be checked. Try again later.", code="guard_no_verdict", stage="verdict"
+        )
+    decision = verdict.decision
+    if decision == "escalate":
+        decision = await decide(call, forward, verdict)
+    return Finding(verdict, decision)
