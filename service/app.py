@@ -21,6 +21,7 @@ from service.engine import EngineWatch
 from service.errors import ApiError, ConfigError
 from service.gateway import Gateway, gateway_of, record_of
 from service.judge import Judges
+from service.limits import KeyLimits
 from service.metrics import Metrics
 from service.openapi import document
 from service.policy_file import Policies
@@ -60,7 +61,8 @@ def create_app(
 
     store.join(engine.prepare)
     store.join(judges_change)
-    gateway = Gateway(settings, store, keys, backend, engine, judges, metrics)
+    limits = KeyLimits(metrics)
+    gateway = Gateway(settings, store, keys, backend, engine, judges, limits, metrics)
 
     app = FastAPI(
         title="neuronguard gateway",
@@ -78,7 +80,7 @@ def create_app(
         app.include_router(health.metrics_router)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_middleware(RequestLog, metrics=metrics)
+    app.add_middleware(RequestLog, metrics=metrics, send_timeout=settings.send_timeout)
     return app
 
 

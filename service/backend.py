@@ -1,7 +1,8 @@
 """The one seam to the engine. Nothing else in the gateway opens a connection.
 
 BackendError
-├── UnreachableError    no connection, or none free in time
+├── SaturatedError      as many requests are at the engine as may be
+├── UnreachableError    no connection
 ├── TooSlowError        a deadline passed
 └── BrokenError         the connection broke, or the answer is not HTTP as agreed
 """
@@ -9,7 +10,7 @@ BackendError
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import httpx
 from pydantic import ValidationError
@@ -31,6 +32,10 @@ class BackendError(Exception):
     """The engine did not answer."""
 
 
+class SaturatedError(BackendError):
+    """As many requests are at the engine as may be."""
+
+
 class UnreachableError(BackendError):
     """No connection to the engine."""
 
@@ -46,8 +51,11 @@ class BrokenError(BackendError):
 class EngineAnswer:
     """An answer whose status and headers are here and whose body is not read yet. Must be closed."""
 
-    def __init__(self, response: httpx.Response, idle_timeout: float) -> None:
+    def __init__(
+        self, response: httpx.Response, idle_timeout: float, closed: Callable[[], None] = lambda: None
+    ) -> None:
         self._response = response
+        self._closed: Callable[[], None] | None = closed
         self._idle_timeout = idle_timeout
         self.status = response.status_code
         self.headers = response.headers
@@ -87,13 +95,19 @@ class EngineAnswer:
     async def error_body(self) -> bytes:
         """The body of an answer that is an error; empty when it cannot be read."""
         try:
-            return await self.read(_MAX_ERROR_BYTES)
-        except BackendError:
+            async with asyncio.timeout(self._idle_timeout):
+                return await self.read(_MAX_ERROR_BYTES)
+        except (BackendError, TimeoutError):
             return b""
 
     async def close(self) -> None:
         """Let go of the connection. Before the end of the body this aborts the request at the engine."""
-        await self._response.aclose()
+        try:
+            await self._response.aclose()
+        finally:
+            if self._closed is not None:
+                closed, self._closed = self._closed, None
+                closed()
 
 
 class Backend:
@@ -104,6 +118,8 @@ class Backend:
     ) -> None:
         self._settings = settings
         self._keys = keys
+        self.outstanding = 0
+        """Requests at the engine whose answers are not closed yet."""
         limits = httpx.Limits(
             max_connections=settings.max_connections,
             max_keepalive_connections=settings.max_connections,
@@ -138,20 +154,36 @@ class Backend:
         return f"{url.host}:{url.port}"
 
     async def send(self, path: str, body: bytes, headers: dict[str, str], deadline: float) -> EngineAnswer:
-        """POST a body and wait for status and headers of the answer. Raises BackendError."""
+        """POST a body and wait for status and headers of the answer. Raises BackendError.
+
+        A request beyond ``max_connections`` fails at once: waiting would only make a full engine slower.
+        """
+        if self.outstanding >= self._settings.max_connections:
+            raise SaturatedError("as many requests are at the engine as may be")
+        self.outstanding += 1
+        try:
+            response = await self._send(path, body, headers, deadline)
+        except BaseException:
+            self._done()
+            raise
+        return EngineAnswer(response, self._settings.idle_timeout, self._done)
+
+    def _done(self) -> None:
+        self.outstanding -= 1
+
+    async def _send(self, path: str, body: bytes, headers: dict[str, str], deadline: float) -> httpx.Response:
         request = self._requests.build_request(
             "POST", path, content=body, headers={"content-type": "application/json", **headers}
         )
         try:
             async with asyncio.timeout(deadline):
-                response = await self._requests.send(request, stream=True)
+                return await self._requests.send(request, stream=True)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
             raise UnreachableError(f"the engine cannot be reached ({type(error).__name__})") from error
         except (TimeoutError, httpx.TimeoutException) as error:
             raise TooSlowError("the engine did not answer in time") from error
         except httpx.HTTPError as error:
             raise BrokenError(f"the engine did not answer ({type(error).__name__})") from error
-        return EngineAnswer(response, self._settings.idle_timeout)
 
     async def status(self) -> EngineStatus:
         """Ask how the engine is, ready or not. Raises BackendError."""

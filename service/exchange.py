@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from guard.verdict import DIRECTIVE_HEADER, VERDICT_HEADER, Decision, Verdict, VerdictError
-from service.backend import BackendError, EngineAnswer, TooSlowError, UnreachableError
+from service.backend import BackendError, EngineAnswer, SaturatedError, TooSlowError, UnreachableError
 from service.directives import Order
 from service.errors import RETRY_AFTER, ApiError, bad_request, bad_upstream, unavailable, unknown_model
 from service.gateway import Call
@@ -136,6 +136,13 @@ async def _exchange(call: Call, forward: Forward) -> Judged:
     sent = time.perf_counter()
     try:
         answer = await gateway.backend.send(forward.path, forward.body, headers, deadline)
+    except SaturatedError as error:
+        gateway.metrics.rejections.labels("saturated").inc()
+        raise unavailable(
+            "As many requests are being answered as can be. Try again later.",
+            code="gateway_saturated",
+            stage="backend",
+        ) from error
     except BackendError as error:
         gateway.engine.look_again()
         logger.warning("request %s: %s", call.record.request_id, error)

@@ -18,11 +18,14 @@ from service.auth import authenticate, require
 from service.backend import Backend
 from service.engine import EngineWatch, ReadyEngine
 from service.errors import ApiError, ClientGoneError, bad_request, unknown_model
+from service.fields import Body, validate
 from service.judge import Judges
+from service.limits import KeyLimits
 from service.metrics import Metrics
 from service.policy import BoundPolicy
 from service.policy_file import ApiKey, Policies, Right
 from service.policy_store import PolicyStore
+from service.prompt_size import check_size
 from service.settings import Settings
 from service.strict_json import parse_object
 
@@ -39,6 +42,7 @@ class Gateway:
     backend: Backend
     engine: EngineWatch
     judges: Judges
+    limits: KeyLimits
     metrics: Metrics
 
 
@@ -55,6 +59,12 @@ class Arrival:
     body: dict[str, Any]
     arrived: float
     """``time.perf_counter()`` when the body was complete."""
+
+    def validate(self, model: type[Body]) -> Body:
+        """The body as its route describes it. Raises ApiError 400."""
+        body = validate(model, self.body)
+        check_size(self.body, self.gateway.settings)
+        return body
 
     def call(self, model: str | None) -> Call:
         """The request as one to the engine, for this model; None: whatever is served.
@@ -111,9 +121,13 @@ def admit(request: Request, *rights: Right) -> tuple[Policies, ApiKey | None]:
 
 
 async def begin(request: Request, *rights: Right) -> Arrival:
-    """Admit a request and read its body. Raises ApiError."""
+    """Admit a request and read its body. Raises ApiError.
+
+    It counts against the limits of its key from here to the last byte of its answer.
+    """
     gateway = gateway_of(request)
     policies, key = admit(request, *rights)
+    request.state.held.enter_context(gateway.limits.request(key))
     gateway.engine.require()  # before the body is read
     body = await _read(request, gateway.settings)
     arrived = time.perf_counter()

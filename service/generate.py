@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from service.backend import BackendError, TooSlowError
 from service.chat_body import ChatBody
 from service.completion_body import CompletionBody
-from service.errors import ClientGoneError, bad_request, bad_upstream
+from service.errors import bad_request, bad_upstream
 from service.exchange import Forward, Judged, exchange
 from service.gateway import Arrival, Call, unless_gone
 from service.judge import turns_of
@@ -142,15 +142,10 @@ class RelayedStream(StreamingResponse):
             await self._judged.answer.close()
 
     async def _pump(self, send: Send) -> None:
-        limit = self._call.gateway.settings.send_timeout
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async with aclosing(self._frames()) as frames:
             async for frame in frames:
-                try:
-                    async with asyncio.timeout(limit):
-                        await send({"type": "http.response.body", "body": frame, "more_body": True})
-                except TimeoutError:
-                    raise ClientGoneError from None  # it is there, but does not read
+                await send({"type": "http.response.body", "body": frame, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _frames(self) -> AsyncGenerator[bytes]:

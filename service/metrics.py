@@ -106,7 +106,7 @@ class Metrics:
         self.inflight = Gauge("guard_inflight_requests", "Requests being answered.", registry=registry)
         self.inflight_limit = Gauge(
             "guard_inflight_requests_limit",
-            "Most requests that are sent to the engine at one time; more wait, then get a 503.",
+            "Most requests that are sent to the engine at one time; more get a 503 at once.",
             registry=registry,
         )
         self.upstream_up = Gauge(
@@ -147,6 +147,14 @@ class Metrics:
         )
         for result in ("done", "failed"):
             self.policy_reloads.labels(result)
+        self.rejections = Counter(
+            "guard_rejections_total",
+            "Requests turned away for the load they are: rate and concurrency of their key, or saturated.",
+            ("reason",),
+            registry=registry,
+        )
+        for reason in ("rate", "concurrency", "saturated"):
+            self.rejections.labels(reason)
         self.judgements = Counter(
             "guard_judgements_total",
             "Questions to judges about escalated requests. failed: the judge's on_error decided.",

@@ -22,6 +22,7 @@ bundles: ["…"]                   # digests of the bundles to accept from the e
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +31,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from guard.verdict import EngineStatus
 from service.judge_settings import Judge
+from service.key_index import KeyIndex
 from service.policy import BoundPolicy, FileModel, MisplacedError, Policy, PolicyError
 from service.yaml_lines import Lines, read
 
@@ -68,6 +70,10 @@ class ApiKey(FileModel):
     policy: str | None = None
     """None: what ``assign`` says for the tenant and the model asked for."""
     rights: list[Right] = Field(default_factory=_chat_only, min_length=1)
+    requests_per_minute: int | None = Field(default=None, ge=1, le=100_000)
+    """In any minute, of one gateway; None: no limit."""
+    max_concurrent: int | None = Field(default=None, ge=1, le=100_000)
+    """Requests at one time, of one gateway; None: no limit."""
 
 
 class Assignment(FileModel):
@@ -137,6 +143,11 @@ class Policies(FileModel):
     def _known(self, policy: str, *place: int | str) -> None:
         if policy not in self.policies:
             raise MisplacedError(f"it names '{policy}', which is not under policies", *place)
+
+    @cached_property
+    def key_index(self) -> KeyIndex[ApiKey]:
+        """Finds keys."""
+        return KeyIndex(self.keys)
 
     def accepts(self, bundle: str) -> bool:
         """Whether the engine's guard may run the bundle with this digest."""

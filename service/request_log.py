@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
 import traceback
 import uuid
+from contextlib import ExitStack
 from datetime import UTC, datetime
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -28,11 +30,16 @@ _ROUTES = (
 
 
 class RequestLog:
-    """ASGI middleware. Handlers find the record of their request in ``request.state.record``."""
+    """ASGI middleware.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    Handlers find the record of their request in ``request.state.record``, and enter what they hold until the
+    end of their answer into ``request.state.held``.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, send_timeout: float) -> None:
         self.app = app
         self.metrics = metrics
+        self.send_timeout = send_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run one request."""
@@ -51,9 +58,14 @@ class RequestLog:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 MutableHeaders(scope=message)[REQUEST_ID_HEADER] = record.request_id
-            await send(message)
+            try:
+                async with asyncio.timeout(self.send_timeout):
+                    await send(message)
+            except TimeoutError:
+                raise ClientGoneError from None  # it is there, but does not read
 
-        with self.metrics.inflight.track_inprogress():
+        held = scope["state"]["held"] = ExitStack()
+        with self.metrics.inflight.track_inprogress(), held:
             try:
                 await self.app(scope, receive, send_with_id)
             except ClientGoneError:

@@ -37,7 +37,7 @@ class Settings(BaseSettings):
     """Write P(unsafe) into the audit log."""
 
     connect_timeout: float = Field(default=5.0, gt=0)
-    """To reach the engine, each of up to three times, and to get one of ``max_connections``."""
+    """To reach the engine, each of up to three times."""
     verdict_timeout: float = Field(default=60.0, gt=0)
     """From sending a streamed or check-only request to its verdict: queueing and prefill."""
     answer_timeout: float = Field(default=1800.0, gt=0)
@@ -58,9 +58,13 @@ class Settings(BaseSettings):
     """How long running answers may go on after a stop signal."""
 
     max_connections: int = Field(default=1024, ge=1)
-    """Requests at the engine at one time; more wait up to ``connect_timeout``, then get a 503."""
+    """Requests at the engine at one time; more get a 503 at once."""
     max_body_bytes: int = Field(default=1 << 20, ge=1)
     max_json_depth: int = Field(default=64, ge=1, le=256)
+    max_messages: int = Field(default=2048, ge=1)
+    """Messages of one conversation."""
+    max_prompt_chars: int = Field(default=1 << 20, ge=1)
+    """Characters (or token ids) of all prompts of one request."""
     max_answer_bytes: int = Field(default=64 << 20, ge=1)
     """Of an answer that is not streamed, and of one frame of a stream."""
     max_siblings: int = Field(default=128, ge=1, le=1024)

@@ -3,7 +3,6 @@
 from fastapi import APIRouter, Request, Response
 
 from service.chat_body import ChatBody
-from service.fields import validate
 from service.gateway import begin
 from service.generate import generate
 from service.openapi import takes
@@ -15,4 +14,4 @@ router = APIRouter()
 async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation, or refuse to."""
     arrival = await begin(request, "chat")
-    return await generate(arrival, validate(ChatBody, arrival.body), "chat")
+    return await generate(arrival, arrival.validate(ChatBody), "chat")

@@ -3,7 +3,6 @@
 from fastapi import APIRouter, Request, Response
 
 from service.completion_body import CompletionBody
-from service.fields import validate
 from service.gateway import begin
 from service.generate import generate
 from service.openapi import takes
@@ -15,4 +14,4 @@ router = APIRouter()
 async def create_completion(request: Request) -> Response:
     """Continue a text, or refuse to."""
     arrival = await begin(request, "chat")
-    return await generate(arrival, validate(CompletionBody, arrival.body), "text")
+    return await generate(arrival, arrival.validate(CompletionBody), "text")

@@ -23,7 +23,7 @@ from pydantic import Field
 from service.chat_body import TextPart
 from service.checks import Finding, check_all, of_user
 from service.errors import bad_request
-from service.fields import Strict, validate
+from service.fields import Strict
 from service.gateway import begin
 from service.openapi import takes
 
@@ -70,7 +70,7 @@ class ModerationBody(Strict):
 async def create_moderation(request: Request) -> Response:
     """Say whether texts are unsafe, and generate nothing."""
     arrival = await begin(request, "chat", "checks")
-    body = validate(ModerationBody, arrival.body)
+    body = arrival.validate(ModerationBody)
     call = arrival.call(body.model)
     limit = call.gateway.settings.max_moderation_inputs
     if len(body.inputs) > limit:

@@ -393,7 +393,7 @@ async def test_a_bug_is_a_500_that_says_nothing(
         raise KeyError(SECRET)
 
     async with world(tmp_path) as w:
-        monkeypatch.setattr("service.api.chat.validate", broken)
+        monkeypatch.setattr("service.gateway.validate", broken)
         response = await w.client.post(CHATS, json=CHAT)
         assert (response.status_code, error_of(response)["code"]) == (500, "internal_error")
         assert SECRET not in response.text + caplog.text

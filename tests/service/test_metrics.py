@@ -30,6 +30,7 @@ NAMES = {
     "guard_build_info",
     "guard_policy_reloads",
     "guard_judgements",
+    "guard_rejections",
     "guard_judge_seconds",
 }
 

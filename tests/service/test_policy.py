@@ -86,9 +86,9 @@ WRONG = {
         "keys.0.rights.0",
     ),
     "azure": ("policies: {default: {refusal: {style: azure}}}", "policies.default.refusal.style"),
-    "rate": (
-        f"policies: {{default: {{}}}}\nkeys: [{{sha256: {KEY}, tenant: a, requests_per_minute: 6}}]",
-        "requests_per_minute is not a known key",
+    "no requests at all": (
+        f"policies: {{default: {{}}}}\nkeys: [{{sha256: {KEY}, tenant: a, requests_per_minute: 0}}]",
+        "keys.0.requests_per_minute",
     ),
     "above one": ("policies: {default: {rules: [{above: 1.5, action: refuse}]}}", "rules.0.above"),
     "nan": ("policies: {default: {rules: [{above: .nan, action: refuse}]}}", "rules.0.above"),
