@@ -173,8 +173,8 @@ class Verdict(_Wire):
 
     version: Literal[1] = 1
     action: Action
-    """What was done. ``escalate`` ended the request for somebody else to decide; ``checked`` is mode ``check``'s;
-    ``error`` failed closed."""
+    """What was done. ``escalate`` ended the request for somebody else to decide; ``checked`` is mode
+    ``check``'s; ``error`` failed closed."""
     decision: RuleAction | None
     """What the rules said; differs from ``action`` in the modes ``observe`` and ``check``. None on error."""
     probability: float | None = Field(ge=0.0, le=1.0)

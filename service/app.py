@@ -15,7 +15,18 @@ from starlette.exceptions import HTTPException
 
 from guard import __version__
 from guard.sealed import KeyFileError, Keyring
-from service.api import admin, chat, completions, health, models, moderations
+from service.api import (
+    admin,
+    chat,
+    check,
+    completions,
+    detector,
+    health,
+    litellm,
+    models,
+    moderations,
+    responses,
+)
 from service.backend import Backend
 from service.engine import EngineWatch
 from service.errors import ApiError, ConfigError
@@ -74,7 +85,18 @@ def create_app(
     )
     app.state.gateway = gateway
     app.openapi = lambda: document(app)  # type: ignore[method-assign]
-    for module in (chat, completions, models, moderations, admin, health):
+    for module in (
+        chat,
+        completions,
+        responses,
+        models,
+        moderations,
+        check,
+        litellm,
+        detector,
+        admin,
+        health,
+    ):
         app.include_router(module.router)
     if settings.metrics_port is None:
         app.include_router(health.metrics_router)
@@ -110,7 +132,7 @@ async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)  # noqa: S101 -- registered for nothing else
     record_of(request).code = error.code
     gateway_of(request).metrics.errors.labels(error.stage, "closed").inc()
-    return error.response()
+    return detector.error_response(error) if request.url.path == detector.PATH else error.response()
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from service.errors import ApiError
 from service.policy_file import RIGHTS, ApiKey, Policies, Right
 
 
-def authenticate(policies: Policies, authorization: str | None) -> ApiKey | None:
-    """Find the key of an ``Authorization`` header; None where there are no keys. Raises ApiError 401.
+def authenticate(policies: Policies, headers: Mapping[str, str]) -> ApiKey | None:
+    """Find the key that a request came with; None where there are no keys. Raises ApiError 401.
+
+    It stands in ``Authorization`` as OpenAI's clients send it, or in ``x-api-key`` (LiteLLM) or ``api-key``
+    (Azure's clients).
 
     Without keys in the policy file everybody is let in (and the gateway binds loopback only).
     """
     if not policies.keys:
         return None
-    scheme, _, token = (authorization or "").partition(" ")
-    if scheme.lower() != "bearer" or not token.strip():
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer":
+        token = headers.get("x-api-key") or headers.get("api-key") or ""
+    if not token.strip():
         raise _unauthorized("No API key was sent. Send it as 'Authorization: Bearer <key>'.")
     found = policies.key_index.find(token.strip())
     if found is None:

@@ -12,7 +12,7 @@ from functools import reduce
 from typing import Any
 
 from guard.verdict import RuleAction, Verdict
-from service.errors import unavailable
+from service.errors import bad_request, unavailable
 from service.exchange import Forward, decide, exchange
 from service.gateway import Call, unless_gone
 from service.judge import turns_of
@@ -36,6 +36,22 @@ class Finding:
     def flagged(self) -> bool:
         """Whether the policy says anything but ``pass``."""
         return self.decision != "pass"
+
+    def blocked(self, call: Call) -> bool:
+        """Whether a gateway that asked must not answer: the policy refuses, and does not merely observe."""
+        return self.decision == "refuse" and call.bound.decision.mode == "enforce"
+
+
+def headers(call: Call) -> dict[str, str]:
+    """What every answer of a check-only route says of itself."""
+    return {"x-guard-action": "checked", "x-guard-policy": call.bound.name}
+
+
+def limit_inputs(call: Call, count: int, param: str) -> None:
+    """Raises ApiError 400 for more inputs than one request may hold."""
+    limit = call.gateway.settings.max_moderation_inputs
+    if count > limit:
+        raise bad_request(f"At most {limit} inputs can be checked with one request.", param=param)
 
 
 def of_user(content: str | list[dict[str, str]]) -> Messages:

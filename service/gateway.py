@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 from fastapi import Request
@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from guard.sealed import Keyring
+from guard.verdict import Decision, Verdict
 from service.audit import AuditRecord
 from service.auth import authenticate, require
 from service.backend import Backend
@@ -95,6 +96,14 @@ class Call:
         """What all requests share."""
         return self.arrival.gateway
 
+    def under(self, decision: Decision) -> Call:
+        """The same request under a stricter decision."""
+        return replace(self, bound=replace(self.bound, decision=decision))
+
+    def shown(self, verdict: Verdict | None) -> float | None:
+        """P(unsafe) if the client may see it: a score is an oracle for attackers."""
+        return verdict.probability if verdict is not None and self.bound.policy.expose_score else None
+
     @property
     def record(self) -> AuditRecord:
         """The request's audit record."""
@@ -114,7 +123,7 @@ def record_of(request: Request) -> AuditRecord:
 def admit(request: Request, *rights: Right) -> tuple[Policies, ApiKey | None]:
     """Authenticate a request that needs one of ``rights``. Raises ApiError 401 or 403."""
     policies, record = gateway_of(request).store.current, record_of(request)
-    key = authenticate(policies, request.headers.get("authorization"))
+    key = authenticate(policies, request.headers)
     record.tenant = key.tenant if key is not None else None
     require(key, *rights)
     return policies, key

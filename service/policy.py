@@ -71,8 +71,16 @@ class PolicyRule(FileModel):
 class Refusal(FileModel):
     """What a client gets in place of an answer."""
 
-    style: Literal["message", "content_filter"] = "message"
+    style: Literal["message", "content_filter", "azure", "error"] = "message"
     text: str = Field(default=DEFAULT_TEXT, min_length=1, max_length=4000)
+    status: Literal[400, 403] = 403
+    """HTTP status of the style ``error``."""
+
+    @model_validator(mode="after")
+    def _only_errors_have_a_status(self) -> Refusal:
+        if "status" in self.model_fields_set and self.style != "error":
+            raise MisplacedError("only the style 'error' has a status of its own", "status")
+        return self
 
 
 class Policy(FileModel):

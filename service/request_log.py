@@ -25,6 +25,7 @@ UNAUDITED = ("/healthz", "/readyz", "/metrics", "/openapi.json")
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _ROUTES = (
     *("/v1/chat/completions", "/v1/completions", "/v1/moderations", "/v1/models"),
+    *("/v1/responses", "/v1/guard/check", "/beta/litellm_basic_guardrail_api", "/api/v1/text/contents"),
     "/admin/policies/reload",
 )
 

@@ -85,7 +85,14 @@ WRONG = {
         f"policies: {{default: {{}}}}\nkeys: [{{sha256: {KEY}, tenant: a, rights: [root]}}]",
         "keys.0.rights.0",
     ),
-    "azure": ("policies: {default: {refusal: {style: azure}}}", "policies.default.refusal.style"),
+    "unknown style": (
+        "policies: {default: {refusal: {style: silent}}}",
+        "policies.default.refusal.style",
+    ),
+    "status of what is no error": (
+        "policies: {default: {refusal: {status: 400}}}",
+        "policies.default.refusal.status: only the style 'error'",
+    ),
     "no requests at all": (
         f"policies: {{default: {{}}}}\nkeys: [{{sha256: {KEY}, tenant: a, requests_per_minute: 0}}]",
         "keys.0.requests_per_minute",
