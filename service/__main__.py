@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -30,8 +32,27 @@ def main() -> int:
     return 0
 
 
+class _Server(uvicorn.Server):
+    """Says at ``/readyz`` that it will stop before it does, so that a load balancer looks elsewhere."""
+
+    def __init__(self, config: uvicorn.Config, draining: asyncio.Event, delay: float) -> None:
+        super().__init__(config)
+        self._draining = draining
+        self._delay = delay
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal starts the delay, the second ends it, a third interrupts running answers."""
+        if self._delay and not self._draining.is_set():
+            self._draining.set()
+            loop, stop = asyncio.get_running_loop(), super().handle_exit
+            loop.call_soon_threadsafe(loop.call_later, self._delay, stop, sig, frame)
+        else:
+            self._draining.set()
+            super().handle_exit(sig, frame)
+
+
 def _serve(settings: Settings, app: FastAPI) -> None:
-    uvicorn.run(
+    config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
@@ -42,6 +63,7 @@ def _serve(settings: Settings, app: FastAPI) -> None:
         lifespan="on",
         timeout_graceful_shutdown=settings.shutdown_timeout,
     )
+    _Server(config, app.state.gateway.draining, settings.drain_delay).run()
 
 
 @contextmanager

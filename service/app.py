@@ -37,6 +37,7 @@ from service.metrics import Metrics
 from service.openapi import document
 from service.policy_file import Policies
 from service.policy_store import Commit, PolicyStore
+from service.pool import Pool
 from service.request_log import RequestLog
 from service.settings import Settings
 
@@ -62,18 +63,21 @@ def create_app(
     except KeyFileError as error:
         raise ConfigError(f"The key ring cannot be used: {error}.") from error
     metrics.inflight_limit.set(settings.max_connections)
-    backend = Backend(settings, keys, transport)
-    engine = EngineWatch(backend, store, metrics, settings.status_interval)
+    watches = [
+        EngineWatch(Backend(url, settings, keys, transport), store, metrics, settings)
+        for url in settings.engines
+    ]
+    pool = Pool(watches, metrics, settings.max_connections)
     judges = Judges(metrics, judge_transport)
 
     def judges_change(policies: Policies) -> Commit:
         found = judges.prepare(policies)
         return lambda: judges.use(policies, found)
 
-    store.join(engine.prepare)
+    store.join(pool.prepare)
     store.join(judges_change)
     limits = KeyLimits(metrics)
-    gateway = Gateway(settings, store, keys, backend, engine, judges, limits, metrics)
+    gateway = Gateway(settings, store, keys, pool, judges, limits, metrics)
 
     app = FastAPI(
         title="neuronguard gateway",
@@ -109,7 +113,7 @@ def create_app(
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     gateway: Gateway = app.state.gateway
-    tasks = [asyncio.create_task(gateway.engine.run())]
+    tasks = [asyncio.create_task(watch.run()) for watch in gateway.pool.watches]
     if gateway.settings.policy_file is not None and gateway.settings.policy_interval:
         tasks.append(asyncio.create_task(gateway.store.watch(gateway.settings.policy_interval)))
     hangup = threading.current_thread() is threading.main_thread()
@@ -125,7 +129,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             with suppress(asyncio.CancelledError):
                 await task
         await gateway.judges.close()
-        await gateway.backend.close()
+        for watch in gateway.pool.watches:
+            await watch.backend.close()
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

@@ -1,8 +1,7 @@
 """The one seam to the engine. Nothing else in the gateway opens a connection.
 
 BackendError
-├── SaturatedError      as many requests are at the engine as may be
-├── UnreachableError    no connection
+├── UnreachableError    no connection: nothing was sent
 ├── TooSlowError        a deadline passed
 └── BrokenError         the connection broke, or the answer is not HTTP as agreed
 """
@@ -25,15 +24,12 @@ _MAX_ERROR_BYTES = 1 << 16
 # and then a request would be sent into one that is just being closed.
 _KEEPALIVE = 2.0
 # Where no connection was made nothing was sent, so trying again is safe: at once, then half a second later.
+# With several engines another one is tried instead.
 _CONNECT_RETRIES = 2
 
 
 class BackendError(Exception):
     """The engine did not answer."""
-
-
-class SaturatedError(BackendError):
-    """As many requests are at the engine as may be."""
 
 
 class UnreachableError(BackendError):
@@ -114,8 +110,9 @@ class Backend:
     """The engine's HTTP server."""
 
     def __init__(
-        self, settings: Settings, keys: Keyring, transport: httpx.AsyncBaseTransport | None = None
+        self, url: str, settings: Settings, keys: Keyring, transport: httpx.AsyncBaseTransport | None = None
     ) -> None:
+        self._url = url
         self._settings = settings
         self._keys = keys
         self.outstanding = 0
@@ -126,7 +123,10 @@ class Backend:
             keepalive_expiry=_KEEPALIVE,
         )
         self._requests = self._client(
-            transport or httpx.AsyncHTTPTransport(limits=limits, retries=_CONNECT_RETRIES)
+            transport
+            or httpx.AsyncHTTPTransport(
+                limits=limits, retries=0 if len(settings.engines) > 1 else _CONNECT_RETRIES
+            )
         )
         # Its own connection, so that a full pool of requests cannot make the engine look dead.
         self._status = self._client(
@@ -136,7 +136,7 @@ class Backend:
     def _client(self, transport: httpx.AsyncBaseTransport) -> httpx.AsyncClient:
         connect = self._settings.connect_timeout
         return httpx.AsyncClient(
-            base_url=self._settings.engine_base,
+            base_url=self._url,
             transport=transport,
             # Reading has deadlines of its own, which depend on what is read.
             timeout=httpx.Timeout(
@@ -150,16 +150,10 @@ class Backend:
     @property
     def name(self) -> str:
         """Host and port of the engine, as a metric label."""
-        url = self._settings.engine_url
-        return f"{url.host}:{url.port}"
+        return httpx.URL(self._url).netloc.decode()
 
     async def send(self, path: str, body: bytes, headers: dict[str, str], deadline: float) -> EngineAnswer:
-        """POST a body and wait for status and headers of the answer. Raises BackendError.
-
-        A request beyond ``max_connections`` fails at once: waiting would only make a full engine slower.
-        """
-        if self.outstanding >= self._settings.max_connections:
-            raise SaturatedError("as many requests are at the engine as may be")
+        """POST a body and wait for status and headers of the answer. Raises BackendError."""
         self.outstanding += 1
         try:
             response = await self._send(path, body, headers, deadline)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
-from guard.verdict import RuleAction, Verdict
+from guard.verdict import Decision, RuleAction, Verdict
 from service.errors import bad_request, unavailable
 from service.exchange import Forward, decide, exchange
 from service.gateway import Call, unless_gone
@@ -82,6 +82,10 @@ async def _check_all(call: Call, inputs: Sequence[Messages]) -> list[Finding]:
     return [task.result() for task in tasks]
 
 
+def _checking(decision: Decision) -> Decision:
+    return decision.model_copy(update={"mode": "check"})
+
+
 async def _check(call: Call, messages: Messages) -> Finding:
     body = {"model": call.model, "messages": messages}
     forward = Forward(
@@ -89,7 +93,7 @@ async def _check(call: Call, messages: Messages) -> Finding:
         body=dump(body | {"max_tokens": 1}),
         siblings=1,
         stream=False,
-        decision=call.bound.decision.model_copy(update={"mode": "check"}),
+        order=_checking,
         turns=lambda: turns_of(body),
     )
     judged = await exchange(call, forward)
@@ -102,5 +106,5 @@ async def _check(call: Call, messages: Messages) -> Finding:
         )
     decision = verdict.decision
     if decision == "escalate":
-        decision = await decide(call, forward, verdict)
+        decision = await decide(judged.call, forward, verdict)
     return Finding(verdict, decision)

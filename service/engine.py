@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from guard.verdict import EngineStatus
 from service.backend import Backend, BackendError
-from service.errors import ApiError, unavailable
+from service.breaker import Breaker
+from service.errors import unavailable
 from service.metrics import Metrics
 from service.policy import BoundPolicy, PolicyError
 from service.policy_file import Policies, bind
 from service.policy_store import Commit, PolicyStore
+from service.settings import Settings
 
 logger = logging.getLogger("neuronguard.gateway")
 
@@ -41,17 +44,24 @@ class ReadyEngine:
         try:
             return source.bind(name, self.status)
         except PolicyError as error:
-            raise _not_ready() from error
+            raise unavailable(
+                "The model is not ready. Try again later.", code="engine_not_ready", stage="backend"
+            ) from error
 
 
 class EngineWatch:
     """Polls the engine's status until it is stopped, more and more slowly while the engine is away."""
 
-    def __init__(self, backend: Backend, store: PolicyStore, metrics: Metrics, interval: float) -> None:
-        self._backend = backend
+    def __init__(self, backend: Backend, store: PolicyStore, metrics: Metrics, settings: Settings) -> None:
+        self.backend = backend
+        self.breaker = Breaker(settings.breaker_failures, settings.breaker_pause)
+        self.served: frozenset[str] = frozenset()
+        """The models of the last status that was heard."""
+        self.changed: Callable[[], None] = lambda: None
+        """Called when the engine has become ready, or ready with something else."""
         self._store = store
         self._metrics = metrics
-        self._interval = interval
+        self._interval = settings.status_interval
         self._ready: ReadyEngine | None = None
         self._why = "The engine has not been asked yet."
         self._misses = 0
@@ -69,12 +79,6 @@ class EngineWatch:
         """Why the engine is not ready; for operators, not for clients."""
         return self._why
 
-    def require(self) -> ReadyEngine:
-        """The engine. Raises ApiError 503 when it is not ready."""
-        if self._ready is None:
-            raise _not_ready()
-        return self._ready
-
     def prepare(self, policies: Policies) -> Commit:
         """What a new policy file means for this engine. Raises PolicyError when they do not go together."""
         if self._ready is None or not policies.accepts(self._ready.status.bundle):
@@ -83,7 +87,7 @@ class EngineWatch:
 
         def commit() -> None:
             self._ready = ready
-            self._metrics.in_force([(ready.status, ready.policies.values())])
+            self.changed()
 
         return commit
 
@@ -91,12 +95,18 @@ class EngineWatch:
         """Ask at once, because something about a request was not as the last status said."""
         self._hurry.set()
 
+    def failed(self) -> None:
+        """The engine failed a request: it is asked how it is, and left alone if that goes on."""
+        self.breaker.failed()
+        self.look_again()
+
     def heard(self) -> None:
         """A verdict of the engine in force was just verified: status requests missed before do not count.
 
         In a burst the API server may be too busy for three of them in a row while it answers everybody.
         """
         self._misses = 0
+        self.breaker.succeeded()
 
     async def run(self) -> None:
         """Poll for ever."""
@@ -122,7 +132,7 @@ class EngineWatch:
     async def poll(self) -> None:
         """Ask once and draw the conclusions."""
         try:
-            status = await self._backend.status()
+            status = await self.backend.status()
         except BackendError as error:
             self._misses += 1
             if self._ready is None or self._misses > _MISSES_ALLOWED:
@@ -136,7 +146,7 @@ class EngineWatch:
         if self._ready is not None and self._ready.status == status and self._ready.source is policies:
             return
         accepted = policies.accepts(status.bundle)
-        self._metrics.bundle_mismatch.labels(self._backend.name).set(not accepted)
+        self._metrics.bundle_mismatch.labels(self.backend.name).set(not accepted)
         if not accepted:
             self._lose(f"the engine's bundle {status.bundle} is not under bundles in the policy file")
             return
@@ -147,8 +157,10 @@ class EngineWatch:
             return
         self._ready = ReadyEngine(status, bound, policies)
         self._why = ""
-        self._metrics.upstream_up.labels(self._backend.name).set(1)
-        self._metrics.in_force([(status, bound.values())])
+        self._metrics.upstream_up.labels(self.backend.name).set(1)
+        self.served = frozenset(status.names)
+        self.breaker.succeeded()  # it has just tested itself, or has a new name
+        self.changed()
         logger.info(
             "engine ready: model %s, bundle %s, audience %s", status.model, status.bundle, status.audience
         )
@@ -156,10 +168,9 @@ class EngineWatch:
     def _lose(self, why: str) -> None:
         if self._ready is not None or why != self._why:
             logger.warning("not ready: %s", why)
+        lost = self._ready is not None
         self._ready = None
         self._why = why
-        self._metrics.upstream_up.labels(self._backend.name).set(0)
-
-
-def _not_ready() -> ApiError:
-    return unavailable("The model is not ready. Try again later.", code="engine_not_ready", stage="backend")
+        if lost:
+            self.changed()
+        self._metrics.upstream_up.labels(self.backend.name).set(0)

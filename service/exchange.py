@@ -16,11 +16,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from guard.verdict import DIRECTIVE_HEADER, VERDICT_HEADER, Decision, Verdict, VerdictError
-from service.backend import BackendError, EngineAnswer, SaturatedError, TooSlowError, UnreachableError
+from service.backend import BackendError, EngineAnswer, TooSlowError, UnreachableError
 from service.directives import Order
+from service.engine import EngineWatch
 from service.errors import RETRY_AFTER, ApiError, bad_request, bad_upstream, unavailable, unknown_model
 from service.gateway import Call
 from service.judge import Turn
+from service.policy import judged_safe
 from service.request_log import REQUEST_ID_HEADER
 
 logger = logging.getLogger("neuronguard.gateway")
@@ -35,6 +37,11 @@ _UNCHECKED = "The request could not be checked and was not answered. Try again l
 _REASON = re.compile(r"refused: ([a-z_]{1,40})\b")
 
 
+def as_it_is(decision: Decision) -> Decision:
+    """The order of a request under its policy and nothing else."""
+    return decision
+
+
 @dataclass(frozen=True)
 class Forward:
     """What is sent to the engine."""
@@ -43,7 +50,8 @@ class Forward:
     body: bytes
     siblings: int
     stream: bool
-    decision: Decision
+    order: Callable[[Decision], Decision]
+    """From what the policy says with an engine's thresholds to what that engine is told."""
     turns: Callable[[], list[Turn] | None]
     """The conversation as a judge reads it, made only when one is asked; None: there is no text."""
 
@@ -52,6 +60,10 @@ class Forward:
 class Judged:
     """An answer of the engine with its verdict, None only under ``on_missing_verdict: open``."""
 
+    call: Call
+    """The request as one to the engine that answered."""
+    decision: Decision
+    """What that engine was told."""
     answer: EngineAnswer
     verdict: Verdict | None
     sent: float
@@ -99,9 +111,9 @@ async def _escalate(call: Call, forward: Forward, judged: Judged) -> Judged:
     widen nothing but the band that it was asked about.
     """
     await judged.answer.close()
-    if await decide(call, forward, judged.verdict) == "refuse":
+    if await decide(judged.call, forward, judged.verdict) == "refuse":
         return replace(judged, escalated="refuse")
-    again = await _exchange(call, replace(forward, decision=call.bound.after_judge))
+    again = await _exchange(call, replace(forward, order=lambda said: forward.order(judged_safe(said))))
     if again.action not in ("pass", "tag", UNGUARDED):
         return again
     return replace(again, escalated="pass")
@@ -120,41 +132,69 @@ async def decide(call: Call, forward: Forward, verdict: Verdict | None) -> Liter
 
 
 async def _exchange(call: Call, forward: Forward) -> Judged:
-    gateway, settings = call.gateway, call.gateway.settings
+    """One run on one engine. Where no connection was made nothing was sent, and another engine is tried."""
+    pool, tried = call.gateway.pool, set[EngineWatch]()
+    while True:
+        lane = pool.choose(call.model, tried, call.conversation)
+        call = call.sent_to(lane)
+        try:
+            return await _run(call, forward)
+        except _NotSentError as error:
+            tried.add(lane.watch)
+            if len(tried) == len(pool.watches):
+                raise _no_answer(error.reason) from error
+            try:
+                pool.choose(call.model, tried, None)
+            except ApiError:
+                raise _no_answer(error.reason) from error
+            call.gateway.metrics.retries.inc()
+
+
+class _NotSentError(Exception):
+    """The engine has not seen a byte of the request."""
+
+    def __init__(self, reason: BackendError) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+async def _run(call: Call, forward: Forward) -> Judged:
+    gateway, settings, watch = call.gateway, call.gateway.settings, call.lane.watch
+    decision = forward.order(call.bound.decision)
     order = Order.issue(
-        forward.decision,
+        decision,
         gateway.keys,
-        audience=call.engine.status.audience,
+        audience=call.lane.engine.status.audience,
         body=forward.body,
         siblings=forward.siblings,
         lifetime=settings.directive_lifetime,
     )
     # Without a stream the engine sends nothing before the whole answer is there, checks excepted.
-    quick = forward.stream or forward.decision.mode == "check"
+    quick = forward.stream or decision.mode == "check"
     deadline = settings.verdict_timeout if quick else settings.answer_timeout
     headers = _headers(call) | {DIRECTIVE_HEADER: order.sealed}
     sent = time.perf_counter()
+    watch.breaker.enter()
     try:
-        answer = await gateway.backend.send(forward.path, forward.body, headers, deadline)
-    except SaturatedError as error:
-        gateway.metrics.rejections.labels("saturated").inc()
-        raise unavailable(
-            "As many requests are being answered as can be. Try again later.",
-            code="gateway_saturated",
-            stage="backend",
-        ) from error
+        answer = await watch.backend.send(forward.path, forward.body, headers, deadline)
     except BackendError as error:
-        gateway.engine.look_again()
-        logger.warning("request %s: %s", call.record.request_id, error)
+        watch.failed()
+        logger.warning("request %s: %s: %s", call.record.request_id, watch.backend.name, error)
+        if isinstance(error, UnreachableError):
+            raise _NotSentError(error) from error
         raise _no_answer(error) from error
+    except BaseException:  # the client has gone
+        watch.breaker.gave_up()
+        raise
     try:
         if not 200 <= answer.status < 300:
             raise await _upstream_error(call, answer)
         verdict = _verify(call, order, answer)
     except BaseException:
+        watch.breaker.gave_up()
         await answer.close()
         raise
-    return Judged(answer, verdict, sent, time.perf_counter())
+    return Judged(call, decision, answer, verdict, sent, time.perf_counter())
 
 
 def _headers(call: Call) -> dict[str, str]:
@@ -177,7 +217,7 @@ def _verify(call: Call, order: Order, answer: EngineAnswer) -> Verdict | None:
         verdict = order.verify(answer.headers.get(VERDICT_HEADER), call.gateway.keys)
     except VerdictError as error:
         metrics.bypass.labels(error.reason).inc()
-        call.gateway.engine.look_again()
+        call.lane.watch.failed()
         logger.error("request %s: no valid verdict (%s)", call.record.request_id, error.reason)
         # `open` is for an engine that says nothing. One that says something false is not to be believed.
         if error.reason == "missing" and call.bound.policy.on_missing_verdict == "open":
@@ -189,16 +229,17 @@ def _verify(call: Call, order: Order, answer: EngineAnswer) -> Verdict | None:
             stage="verdict",
         ) from error
     if verdict.action == "error":
+        call.lane.watch.failed()
         logger.error("request %s: the guard failed (%s)", call.record.request_id, verdict.reason)
         raise unavailable(
             _UNCHECKED,
             code="guard_failed",
             stage="guard",
         )
-    if verdict.bundle == call.engine.status.bundle:
-        call.gateway.engine.heard()
+    if verdict.bundle == call.lane.engine.status.bundle:
+        call.lane.watch.heard()
     else:
-        call.gateway.engine.look_again()
+        call.lane.watch.look_again()
     return verdict
 
 
@@ -206,15 +247,9 @@ def _count(call: Call, forward: Forward, judged: Judged | None) -> None:
     record, metrics, model = call.record, call.gateway.metrics, call.model
     verdict = judged.verdict if judged else None
     said, action = (judged.said, judged.action) if judged else ("none", "none")
-    record.mode, record.stream, record.verdict, record.action = (
-        forward.decision.mode,
-        forward.stream,
-        said,
-        action,
-    )
-    metrics.requests.labels(
-        call.bound.name, model, said, action, forward.decision.mode, str(forward.stream).lower()
-    ).inc()
+    mode = judged.decision.mode if judged else forward.order(call.bound.decision).mode
+    record.mode, record.stream, record.verdict, record.action = mode, forward.stream, said, action
+    metrics.requests.labels(call.bound.name, model, said, action, mode, str(forward.stream).lower()).inc()
     if verdict is None:
         return
     record.bundle = verdict.bundle
@@ -249,7 +284,7 @@ async def _upstream_error(call: Call, answer: EngineAnswer) -> ApiError:
     """What an error of the engine means to the client. Quoted are only messages about its own request."""
     message, code, param = _parse_error(await answer.error_body())
     if code == "guard_directive_invalid":
-        call.gateway.engine.look_again()
+        call.lane.watch.look_again()
         reason = _REASON.search(message)
         logger.error(
             "request %s: the engine refused the directive (%s)",
@@ -272,7 +307,7 @@ async def _upstream_error(call: Call, answer: EngineAnswer) -> ApiError:
             return bad_request(message, code="context_length_exceeded", param=_prompt_field(call))
         return bad_request(message or "The model's server refused the request.", param=param)
     if answer.status == 404 and "does not exist" in message:
-        call.gateway.engine.look_again()
+        call.lane.watch.look_again()
         return unknown_model(call.model)
     if answer.status == 429:
         return ApiError(
@@ -283,8 +318,9 @@ async def _upstream_error(call: Call, answer: EngineAnswer) -> ApiError:
             kind="rate_limit_error",
             headers=RETRY_AFTER,
         )
+    if answer.status >= 500:
+        call.lane.watch.failed()
     if answer.status == 503:
-        call.gateway.engine.look_again()
         return unavailable(
             "The model is not available. Try again later.", code="engine_unavailable", stage="backend"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
 from fastapi import Request
@@ -13,12 +13,11 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from guard.sealed import Keyring
-from guard.verdict import Decision, Verdict
+from guard.verdict import Verdict
+from service.affinity import conversation
 from service.audit import AuditRecord
 from service.auth import authenticate, require
-from service.backend import Backend
-from service.engine import EngineWatch, ReadyEngine
-from service.errors import ApiError, ClientGoneError, bad_request, unknown_model
+from service.errors import ApiError, ClientGoneError, bad_request
 from service.fields import Body, validate
 from service.judge import Judges
 from service.limits import KeyLimits
@@ -26,6 +25,7 @@ from service.metrics import Metrics
 from service.policy import BoundPolicy
 from service.policy_file import ApiKey, Policies, Right
 from service.policy_store import PolicyStore
+from service.pool import Lane, Pool
 from service.prompt_size import check_size
 from service.settings import Settings
 from service.strict_json import parse_object
@@ -40,11 +40,12 @@ class Gateway:
     settings: Settings
     store: PolicyStore
     keys: Keyring
-    backend: Backend
-    engine: EngineWatch
+    pool: Pool
     judges: Judges
     limits: KeyLimits
     metrics: Metrics
+    draining: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the process was told to stop."""
 
 
 @dataclass(frozen=True)
@@ -72,33 +73,36 @@ class Arrival:
 
         Raises ApiError 404 unless the engine serves ``model``, 503 when it is not ready.
         """
-        engine = self.gateway.engine.require()
-        model = engine.status.model if model is None else model
-        if model not in engine.status.names:
-            raise unknown_model(model)
+        lane = self.gateway.pool.serving(model)
+        model = lane.engine.status.model if model is None else model
         self.record.model = model
-        bound = engine.policy(self.policies, self.policies.policy_for(self.key, model))
-        self.record.policy = bound.name
-        return Call(self, engine, bound, model)
+        name = self.policies.policy_for(self.key, model)
+        self.record.policy = name
+        start = conversation(self.body) if self.gateway.settings.affinity else None
+        return Call(self, lane, lane.engine.policy(self.policies, name), model, start)
 
 
 @dataclass(frozen=True)
 class Call:
-    """A request to the engine, under the policy that it falls under."""
+    """A request to an engine, under the policy that it falls under."""
 
     arrival: Arrival
-    engine: ReadyEngine
+    lane: Lane
+    """An engine that serves the model; the one that a request is sent to last, once one was."""
     bound: BoundPolicy
+    """The policy with that engine's thresholds."""
     model: str
+    conversation: bytes | None = None
+    """What requests of one conversation share, for affinity."""
+
+    def sent_to(self, lane: Lane) -> Call:
+        """The same request as one to another engine. Raises ApiError 503."""
+        return replace(self, lane=lane, bound=lane.engine.policy(self.arrival.policies, self.bound.name))
 
     @property
     def gateway(self) -> Gateway:
         """What all requests share."""
         return self.arrival.gateway
-
-    def under(self, decision: Decision) -> Call:
-        """The same request under a stricter decision."""
-        return replace(self, bound=replace(self.bound, decision=decision))
 
     def shown(self, verdict: Verdict | None) -> float | None:
         """P(unsafe) if the client may see it: a score is an oracle for attackers."""
@@ -137,7 +141,7 @@ async def begin(request: Request, *rights: Right) -> Arrival:
     gateway = gateway_of(request)
     policies, key = admit(request, *rights)
     request.state.held.enter_context(gateway.limits.request(key))
-    gateway.engine.require()  # before the body is read
+    gateway.pool.require()  # before the body is read
     body = await _read(request, gateway.settings)
     arrived = time.perf_counter()
     value = parse_object(body, max_depth=gateway.settings.max_json_depth)

@@ -15,7 +15,7 @@ from service.backend import BackendError, TooSlowError
 from service.chat_body import ChatBody
 from service.completion_body import CompletionBody
 from service.errors import bad_request, bad_upstream
-from service.exchange import Forward, Judged, exchange
+from service.exchange import Forward, Judged, as_it_is, exchange
 from service.gateway import Arrival, Call, unless_gone
 from service.judge import turns_of
 from service.moderation import blocking, report
@@ -45,14 +45,13 @@ async def generate(
             f"The request asks for {body.siblings} answers; at most {limit} are allowed.", param="n"
         )
     moderation = body.moderation if isinstance(body, ChatBody) else None
-    if moderation is not None and moderation.blocks:
-        call = call.under(blocking(call.bound.decision))
+    narrowed = moderation is not None and moderation.blocks
     forward = Forward(
         path="/v1/chat/completions" if route == "chat" else "/v1/completions",
         body=body.forwarded(),
         siblings=body.siblings,
         stream=body.streamed,
-        decision=call.bound.decision,
+        order=blocking if narrowed else as_it_is,
         turns=lambda: turns_of(arrival.body),
     )
     receive = arrival.request.receive

@@ -115,6 +115,11 @@ class Metrics:
             ("backend",),
             registry=registry,
         )
+        self.retries = Counter(
+            "guard_upstream_retries_total",
+            "Requests sent to another engine because no connection to the first was made.",
+            registry=registry,
+        )
         self.bundle_info = Gauge(
             "guard_bundle_info",
             "1 for the bundle in force. probe: the question that it answers.",

@@ -136,14 +136,14 @@ class BoundPolicy:
                 return rule.judge
         return None
 
-    @property
-    def after_judge(self) -> Decision:
-        """What to order once a judge has found a request safe: whatever else the rules say stays in force."""
-        rules = tuple(
-            rule.model_copy(update={"action": "pass"}) if rule.action == "escalate" else rule
-            for rule in self.decision.rules
-        )
-        return self.decision.model_copy(update={"rules": rules})
+
+def judged_safe(decision: Decision) -> Decision:
+    """What to order once a judge has found a request safe: whatever else the rules say stays in force."""
+    rules = tuple(
+        Rule(above=rule.above, action="pass") if rule.action == "escalate" else rule
+        for rule in decision.rules
+    )
+    return decision.model_copy(update={"rules": rules})
 
 
 def _hides(earlier: float | AtRate, later: float | AtRate) -> bool:

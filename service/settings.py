@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, HttpUrl, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, HttpUrl, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.errors import ConfigError
 
 PREFIX = "NEURONGUARD_"
+
+
+def _several(value: object) -> object:
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)):
+        return (parts,)
+    urls = tuple(part.strip() if isinstance(part, str) else part for part in parts)
+    if len(set(map(str, urls))) != len(urls):
+        raise ValueError("the same address is given twice")
+    return urls
 
 
 class Settings(BaseSettings):
@@ -19,8 +29,10 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
 
-    engine_url: HttpUrl = HttpUrl("http://127.0.0.1:8001")
-    """Where the guarded vLLM listens; without a path."""
+    engine_url: Annotated[tuple[HttpUrl, ...], NoDecode, BeforeValidator(_several), Field(min_length=1)] = (
+        HttpUrl("http://127.0.0.1:8001"),
+    )
+    """Where the guarded vLLM listens, without a path; several with commas between."""
     key_file: Path
     """The key ring shared with the engine (``guard.sealed.Keyring``)."""
     policy_file: Path | None = None
@@ -52,10 +64,18 @@ class Settings(BaseSettings):
     """For the engine to answer a status request."""
     status_interval: float = Field(default=2.0, gt=0)
     """Between two status requests while the engine is ready."""
+    breaker_failures: int = Field(default=5, ge=1)
+    """Failures in a row after which an engine gets no requests for a while."""
+    breaker_pause: float = Field(default=2.0, gt=0)
+    """How long at first; twice as long each time that a trial fails, up to a minute."""
+    affinity: bool = False
+    """Send requests of one conversation to one engine, for its prefix cache."""
     directive_lifetime: float = Field(default=30.0, gt=0, le=600)
     """How long a directive may travel before the engine's API server refuses it."""
     shutdown_timeout: int = Field(default=30, ge=0)
     """How long running answers may go on after a stop signal."""
+    drain_delay: float = Field(default=0.0, ge=0)
+    """How long to go on accepting requests after a stop signal, while ``/readyz`` says 503 already."""
 
     max_connections: int = Field(default=1024, ge=1)
     """Requests at the engine at one time; more get a 503 at once."""
@@ -82,9 +102,9 @@ class Settings(BaseSettings):
             return False
 
     @property
-    def engine_base(self) -> str:
-        """The engine's URL without a trailing slash."""
-        return str(self.engine_url).rstrip("/")
+    def engines(self) -> tuple[str, ...]:
+        """The engines' URLs without a trailing slash."""
+        return tuple(str(url).rstrip("/") for url in self.engine_url)
 
 
 def load_settings() -> Settings:

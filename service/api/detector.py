@@ -57,7 +57,7 @@ async def detect(request: Request) -> Response:
     call = arrival.call(None)
     limit_inputs(call, len(body.contents), "contents")
     findings = iter(await check_all(call, [of_user(text) for text in body.contents if text]))
-    label = call.engine.status.label
+    label = call.lane.engine.status.label
     answer = [_detections(text, next(findings), label) if text else [] for text in body.contents]
     return JSONResponse(answer, headers=headers(call))
 

@@ -6,7 +6,6 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from guard.verdict import EngineStatus
-from service.errors import unknown_model
 from service.gateway import admit, gateway_of
 
 router = APIRouter()
@@ -17,18 +16,16 @@ _STARTED = int(time.time())
 async def list_models(request: Request) -> dict[str, Any]:
     """List the served model and its adapters."""
     admit(request, "chat", "checks")
-    engine = gateway_of(request).engine.require()
-    return {"object": "list", "data": [_card(engine.status, name) for name in engine.status.names]}
+    pool = gateway_of(request).pool
+    pool.require()
+    return {"object": "list", "data": [_card(status, name) for name, status in pool.models.items()]}
 
 
 @router.get("/v1/models/{model_id:path}")
 async def retrieve_model(request: Request, model_id: str) -> dict[str, Any]:
     """Describe the served model or an adapter."""
     admit(request, "chat", "checks")
-    engine = gateway_of(request).engine.require()
-    if model_id not in engine.status.names:
-        raise unknown_model(model_id)
-    return _card(engine.status, model_id)
+    return _card(gateway_of(request).pool.serving(model_id).engine.status, model_id)
 
 
 def _card(status: EngineStatus, name: str) -> dict[str, Any]:

@@ -403,7 +403,7 @@ async def test_a_bug_is_a_500_that_says_nothing(
 
 async def lose(w: World, **changes: Any) -> None:
     w.engine.status = a_status(**changes)
-    await eventually(lambda: w.app.state.gateway.engine.ready is None)
+    await eventually(lambda: w.watch.ready is None)
 
 
 async def test_an_engine_that_is_not_ready_is_a_503(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ NAMES = {
     "guard_policy_reloads",
     "guard_judgements",
     "guard_rejections",
+    "guard_upstream_retries",
     "guard_judge_seconds",
 }
 

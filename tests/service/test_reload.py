@@ -79,7 +79,7 @@ async def test_a_bad_file_leaves_the_old_one_in_force(
         assert await action(w) == "refuse"
         answer = await w.client.post(RELOAD)
         assert (answer.status_code, answer.json()["error"]["code"]) == (409, "policy_file_wrong")
-        assert w.app.state.gateway.engine.ready is not None
+        assert w.watch.ready is not None
         await asyncio.sleep(0.1)  # a file that is wrong is read once, not at every look
         assert w.metric("guard_policy_reloads_total", result="failed") == 2
         rewrite(tmp_path, OBSERVE)
@@ -158,6 +158,6 @@ async def test_a_bundle_struck_off_the_list_closes_the_gateway_and_a_new_file_op
         gateway = w.app.state.gateway
         rewrite(tmp_path, ENFORCE + f"\nbundles: ['{'c' * 64}']")
         gateway.store.reload()
-        await eventually(lambda: gateway.engine.ready is None)
+        await eventually(lambda: gateway.pool.watches[0].ready is None)
         w.engine.status = a_status(bundle="c" * 64)
-        await eventually(lambda: gateway.engine.ready is not None)
+        await eventually(lambda: gateway.pool.watches[0].ready is not None)

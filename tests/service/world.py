@@ -38,6 +38,7 @@ from guard.verdict import (
     Verdict,
 )
 from service.app import create_app
+from service.engine import EngineWatch
 from service.settings import Settings
 
 MODEL = "lab/tiny"
@@ -274,6 +275,12 @@ class World:
     registry: CollectorRegistry
     app: FastAPI
 
+    @property
+    def watch(self) -> EngineWatch:
+        """The gateway's view of its (first) engine."""
+        watch: EngineWatch = self.app.state.gateway.pool.watches[0]
+        return watch
+
     def metric(self, name: str, **labels: str) -> float:
         return self.registry.get_sample_value(name, labels) or 0.0
 
@@ -304,13 +311,14 @@ async def world(
     ready: bool = True,
     engine: FakeEngine | None = None,
     judge: httpx.AsyncBaseTransport | None = None,
+    network: httpx.AsyncBaseTransport | None = None,
     **changes: Any,
 ) -> AsyncIterator[World]:
     engine = engine or FakeEngine()
     registry = CollectorRegistry()
     app = create_app(
         settings_for(engine, folder, policy, **changes),
-        transport=httpx.ASGITransport(engine),
+        transport=network or httpx.ASGITransport(engine),
         judge_transport=judge,
         registry=registry,
     )
@@ -320,7 +328,7 @@ async def world(
         httpx.AsyncClient(transport=transport, base_url="http://gateway") as client,
     ):
         if ready:
-            await eventually(lambda: app.state.gateway.engine.ready is not None)
+            await eventually(lambda: app.state.gateway.pool.ready)
         yield World(engine, client, registry, app)
 
 
