@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from prometheus_client import start_http_server
 
 from service.app import create_app
 from service.errors import ConfigError
+from service.logs import set_up
 from service.settings import Settings, load_settings
 
 
@@ -23,7 +23,7 @@ def main() -> int:
     try:
         settings = load_settings()
         app = create_app(settings)
-        _log(settings)
+        set_up(settings)
         with _metrics_server(settings, app):
             _serve(settings, app)
     except ConfigError as error:
@@ -85,21 +85,6 @@ def _metrics_server(settings: Settings, app: FastAPI) -> Iterator[None]:
         server.shutdown()
         server.server_close()
         thread.join()
-
-
-def _log(settings: Settings) -> None:
-    """Logs of the process on stderr, the audit log as bare JSON lines on stdout."""
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    for name in ("httpx", "httpcore"):  # they log headers, and so directives
-        logging.getLogger(name).setLevel(logging.WARNING)
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    audit = logging.getLogger("neuronguard.audit")
-    audit.addHandler(handler)
-    audit.setLevel(logging.INFO)
-    audit.propagate = False
 
 
 if __name__ == "__main__":

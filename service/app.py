@@ -27,6 +27,7 @@ from service.api import (
     moderations,
     responses,
 )
+from service.audit import PromptDigest
 from service.backend import Backend
 from service.engine import EngineWatch
 from service.errors import ApiError, ConfigError
@@ -40,6 +41,7 @@ from service.policy_store import Commit, PolicyStore
 from service.pool import Pool
 from service.request_log import RequestLog
 from service.settings import Settings
+from service.tracing import Tracing
 
 
 def create_app(
@@ -77,7 +79,11 @@ def create_app(
     store.join(pool.prepare)
     store.join(judges_change)
     limits = KeyLimits(metrics)
-    gateway = Gateway(settings, store, keys, pool, judges, limits, metrics)
+    digest = None
+    if settings.audit_prompt_key_file is not None:
+        digest = PromptDigest.load(settings.audit_prompt_key_file)
+    gateway = Gateway(settings, store, keys, pool, judges, limits, metrics, digest)
+    tracing = Tracing(settings)
 
     app = FastAPI(
         title="neuronguard gateway",
@@ -88,6 +94,7 @@ def create_app(
         redoc_url=None,
     )
     app.state.gateway = gateway
+    app.state.tracing = tracing
     app.openapi = lambda: document(app)  # type: ignore[method-assign]
     for module in (
         chat,
@@ -106,7 +113,7 @@ def create_app(
         app.include_router(health.metrics_router)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_middleware(RequestLog, metrics=metrics, send_timeout=settings.send_timeout)
+    app.add_middleware(RequestLog, metrics=metrics, tracing=tracing, send_timeout=settings.send_timeout)
     return app
 
 
@@ -131,6 +138,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await gateway.judges.close()
         for watch in gateway.pool.watches:
             await watch.backend.close()
+        await asyncio.to_thread(app.state.tracing.close)
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from guard.verdict import DIRECTIVE_HEADER, VERDICT_HEADER, Decision, Verdict, VerdictError
+from service import tracing
 from service.backend import BackendError, EngineAnswer, TooSlowError, UnreachableError
 from service.directives import Order
 from service.engine import EngineWatch
 from service.errors import RETRY_AFTER, ApiError, bad_request, bad_upstream, unavailable, unknown_model
-from service.gateway import Call
+from service.gateway import Call, span_of
 from service.judge import Turn
 from service.policy import judged_safe
 from service.request_log import REQUEST_ID_HEADER
@@ -28,7 +29,6 @@ from service.request_log import REQUEST_ID_HEADER
 logger = logging.getLogger("neuronguard.gateway")
 
 UNGUARDED = "unguarded"
-_TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _TOO_LONG = re.compile(
     r"maximum context length|max_model_len|maximum model length|maximum input length", re.I
 )
@@ -172,32 +172,53 @@ async def _run(call: Call, forward: Forward) -> Judged:
     # Without a stream the engine sends nothing before the whole answer is there, checks excepted.
     quick = forward.stream or decision.mode == "check"
     deadline = settings.verdict_timeout if quick else settings.answer_timeout
-    headers = _headers(call) | {DIRECTIVE_HEADER: order.sealed}
+    span = span_of(call.arrival.request).child("guard.verdict")
+    headers = _headers(call, span) | {DIRECTIVE_HEADER: order.sealed}
+    call.record.engine = watch.backend.name
+    noted: dict[str, tracing.Value] = {
+        tracing.POLICY: call.bound.name,
+        tracing.MODE: decision.mode,
+        tracing.MODEL: call.model,
+        tracing.ENGINE: watch.backend.name,
+    }
     sent = time.perf_counter()
     watch.breaker.enter()
     try:
         answer = await watch.backend.send(forward.path, forward.body, headers, deadline)
     except BackendError as error:
         watch.failed()
+        span.end(noted | {tracing.ERROR: type(error).__name__})
         logger.warning("request %s: %s: %s", call.record.request_id, watch.backend.name, error)
         if isinstance(error, UnreachableError):
             raise _NotSentError(error) from error
         raise _no_answer(error) from error
     except BaseException:  # the client has gone
         watch.breaker.gave_up()
+        span.end(noted | {tracing.ERROR: "client_gone"})
         raise
     try:
         if not 200 <= answer.status < 300:
             raise await _upstream_error(call, answer)
         verdict = _verify(call, order, answer)
-    except BaseException:
+    except BaseException as error:
         watch.breaker.gave_up()
+        span.end(noted | {tracing.ERROR: getattr(error, "code", type(error).__name__)})
         await answer.close()
         raise
+    span.end(noted | (_found(verdict, settings.audit_scores) if verdict else {}))
     return Judged(call, decision, answer, verdict, sent, time.perf_counter())
 
 
-def _headers(call: Call) -> dict[str, str]:
+def _found(verdict: Verdict, score: bool) -> dict[str, tracing.Value]:
+    return {
+        tracing.VERDICT: verdict.decision,
+        tracing.ACTION: verdict.action,
+        tracing.BUNDLE: verdict.bundle,
+        tracing.PROBABILITY: verdict.probability if score else None,
+    }
+
+
+def _headers(call: Call, span: tracing.Span) -> dict[str, str]:
     """Headers for the engine, built from nothing: no header of the client goes through as it is.
 
     The engine's request ids must be unique, and a client's need not be.
@@ -205,9 +226,8 @@ def _headers(call: Call) -> dict[str, str]:
     upstream_id = uuid.uuid4().hex
     call.record.upstream_id = upstream_id
     headers = {REQUEST_ID_HEADER: upstream_id}
-    trace = call.arrival.request.headers.get("traceparent", "")
-    if _TRACEPARENT.fullmatch(trace):
-        headers["traceparent"] = trace
+    if span.traceparent is not None:
+        headers["traceparent"] = span.traceparent
     return headers
 
 

@@ -15,7 +15,7 @@ from starlette.types import Receive
 from guard.sealed import Keyring
 from guard.verdict import Verdict
 from service.affinity import conversation
-from service.audit import AuditRecord
+from service.audit import AuditRecord, PromptDigest
 from service.auth import authenticate, require
 from service.errors import ApiError, ClientGoneError, bad_request
 from service.fields import Body, validate
@@ -29,6 +29,7 @@ from service.pool import Lane, Pool
 from service.prompt_size import check_size
 from service.settings import Settings
 from service.strict_json import parse_object
+from service.tracing import Span
 
 T = TypeVar("T")
 
@@ -44,6 +45,7 @@ class Gateway:
     judges: Judges
     limits: KeyLimits
     metrics: Metrics
+    prompt_digest: PromptDigest | None = None
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the process was told to stop."""
 
@@ -76,6 +78,8 @@ class Arrival:
         lane = self.gateway.pool.serving(model)
         model = lane.engine.status.model if model is None else model
         self.record.model = model
+        if self.gateway.prompt_digest is not None:
+            self.record.prompt_hmac = self.gateway.prompt_digest.of(self.body)
         name = self.policies.policy_for(self.key, model)
         self.record.policy = name
         start = conversation(self.body) if self.gateway.settings.affinity else None
@@ -117,6 +121,11 @@ class Call:
 def gateway_of(request: Request) -> Gateway:
     """The gateway that a request came to."""
     return cast(Gateway, request.app.state.gateway)
+
+
+def span_of(request: Request) -> Span:
+    """The span of a request."""
+    return cast(Span, request.state.span)
 
 
 def record_of(request: Request) -> AuditRecord:

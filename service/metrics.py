@@ -103,6 +103,7 @@ class Metrics:
         for stage in STAGES:
             self.errors.labels(stage, "closed")
         self.errors.labels("verdict", "open")
+        self.errors.labels("audit", "open")
         self.inflight = Gauge("guard_inflight_requests", "Requests being answered.", registry=registry)
         self.inflight_limit = Gauge(
             "guard_inflight_requests_limit",

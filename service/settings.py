@@ -45,8 +45,19 @@ class Settings(BaseSettings):
     metrics_port: int | None = Field(default=None, ge=1, le=65535)
     """Serve ``/metrics`` on this port and no longer on the public one."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
+    audit_file: Path | None = None
+    """Where the audit log goes; without one to stdout."""
+    audit_max_bytes: int = Field(default=100 << 20, ge=0)
+    """Size at which the audit file is rotated; 0: never."""
+    audit_keep: int = Field(default=10, ge=1, le=10_000)
+    """Rotated audit files that are kept: ``audit_file`` with ``.1`` (the newest) and so on."""
     audit_scores: bool = False
-    """Write P(unsafe) into the audit log."""
+    """Write P(unsafe) into the audit log, and into traces."""
+    audit_prompt_key_file: Path | None = None
+    """File with a secret of at least 32 bytes: write the prompt's HMAC under it into the audit log."""
+    otlp_endpoint: HttpUrl | None = None
+    """Where spans are sent by OTLP over HTTP, path included; needs ``neuronguard[otlp]``."""
 
     connect_timeout: float = Field(default=5.0, gt=0)
     """To reach the engine, each of up to three times."""

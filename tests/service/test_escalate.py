@@ -222,6 +222,4 @@ async def test_neither_prompt_nor_answer_is_logged(tmp_path: Path, caplog: pytes
     assert "judge a failed" in caplog.text
     assert CANARY not in caplog.text
     audited = [json.loads(r.getMessage()) for r in caplog.records if r.name == "neuronguard.audit"]
-    assert [(line["verdict"], line["action"], line["judge"]) for line in audited] == [
-        ("escalate", "refuse", "failed")
-    ]
+    assert [audited[0][name] for name in ("verdict", "action", "judge")] == ["escalate", "refuse", "failed"]

@@ -200,7 +200,7 @@ def test_a_request_too_many_is_a_503_at_once(tmp_path: Path) -> None:
             assert first.status_code == 200
             started = time.perf_counter()
             second = httpx.post(gate.url + CHATS, json=CHAT)
-            assert time.perf_counter() - started < 1.0
+            assert time.perf_counter() - started < 2.9  # it does not wait for the first
             assert second.status_code == 503
             assert second.json()["error"]["code"] == "gateway_saturated"
             assert "retry-after" in second.headers
