@@ -10,8 +10,10 @@ Rules of the exchange:
   request is a 400 whose ``error.code`` is ``guard_directive_invalid``; nothing is generated.
 - Every 2xx answer to a request that carried a directive has a verdict header with the directive's nonce. An
   answer without it, or with one that does not verify, must not be shown to a client.
-- When the verdict's action is ``refuse``, ``checked`` or ``error`` the body is an empty JSON object and holds
-  no token of the model; whoever speaks to the client writes the refusal.
+- When the verdict's action is ``refuse``, ``escalate``, ``checked`` or ``error`` the body is an empty JSON
+  object and holds no token of the model; whoever speaks to the client writes the refusal.
+- ``escalate`` means: somebody else decides. To have the request answered after all, it is sent again under a
+  new directive, whose rules pass what escalated before and still refuse what they refused.
 - All siblings of one HTTP request (``n``, several prompts) share one binding verdict: the worst of them.
 
 This module needs neither torch nor vLLM.
@@ -34,10 +36,10 @@ STATUS_PATH = "/guard/status"
 STATUS_SEAL_HEADER = "x-guard-status-seal"
 
 Mode = Literal["enforce", "observe", "check"]
-RuleAction = Literal["pass", "tag", "patch", "refuse"]
-Action = Literal["pass", "tag", "patch", "refuse", "checked", "error"]
+RuleAction = Literal["pass", "tag", "patch", "escalate", "refuse"]
+Action = Literal["pass", "tag", "patch", "escalate", "refuse", "checked", "error"]
 # The order of severity: the binding verdict of siblings is the one that comes last here.
-SEVERITY: tuple[Action, ...] = ("pass", "tag", "patch", "checked", "refuse", "error")
+SEVERITY: tuple[Action, ...] = ("pass", "tag", "patch", "checked", "escalate", "refuse", "error")
 
 # What can be wrong with a directive or a verdict besides its seal (``guard.sealed.SEAL_ERRORS``).
 DIRECTIVE_ERRORS = (
@@ -171,7 +173,8 @@ class Verdict(_Wire):
 
     version: Literal[1] = 1
     action: Action
-    """What was done. ``checked`` is mode ``check``'s; ``error`` failed closed."""
+    """What was done. ``escalate`` ended the request for somebody else to decide; ``checked`` is mode
+    ``check``'s; ``error`` failed closed."""
     decision: RuleAction | None
     """What the rules said; differs from ``action`` in the modes ``observe`` and ``check``. None on error."""
     probability: float | None = Field(ge=0.0, le=1.0)

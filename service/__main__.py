@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import logging
+import asyncio
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -13,6 +14,7 @@ from prometheus_client import start_http_server
 
 from service.app import create_app
 from service.errors import ConfigError
+from service.logs import set_up
 from service.settings import Settings, load_settings
 
 
@@ -21,7 +23,7 @@ def main() -> int:
     try:
         settings = load_settings()
         app = create_app(settings)
-        _log(settings)
+        set_up(settings)
         with _metrics_server(settings, app):
             _serve(settings, app)
     except ConfigError as error:
@@ -30,8 +32,27 @@ def main() -> int:
     return 0
 
 
+class _Server(uvicorn.Server):
+    """Says at ``/readyz`` that it will stop before it does, so that a load balancer looks elsewhere."""
+
+    def __init__(self, config: uvicorn.Config, draining: asyncio.Event, delay: float) -> None:
+        super().__init__(config)
+        self._draining = draining
+        self._delay = delay
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal starts the delay, the second ends it, a third interrupts running answers."""
+        if self._delay and not self._draining.is_set():
+            self._draining.set()
+            loop, stop = asyncio.get_running_loop(), super().handle_exit
+            loop.call_soon_threadsafe(loop.call_later, self._delay, stop, sig, frame)
+        else:
+            self._draining.set()
+            super().handle_exit(sig, frame)
+
+
 def _serve(settings: Settings, app: FastAPI) -> None:
-    uvicorn.run(
+    config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
@@ -42,6 +63,7 @@ def _serve(settings: Settings, app: FastAPI) -> None:
         lifespan="on",
         timeout_graceful_shutdown=settings.shutdown_timeout,
     )
+    _Server(config, app.state.gateway.draining, settings.drain_delay).run()
 
 
 @contextmanager
@@ -63,21 +85,6 @@ def _metrics_server(settings: Settings, app: FastAPI) -> Iterator[None]:
         server.shutdown()
         server.server_close()
         thread.join()
-
-
-def _log(settings: Settings) -> None:
-    """Logs of the process on stderr, the audit log as bare JSON lines on stdout."""
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    for name in ("httpx", "httpcore"):  # they log headers, and so directives
-        logging.getLogger(name).setLevel(logging.WARNING)
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    audit = logging.getLogger("neuronguard.audit")
-    audit.addHandler(handler)
-    audit.setLevel(logging.INFO)
-    audit.propagate = False
 
 
 if __name__ == "__main__":

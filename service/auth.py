@@ -1,42 +1,45 @@
-"""Who is asking: an API key's tenant and policy."""
+"""Who is asking: the API key behind a request, and what it may do."""
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from service.errors import ApiError
-from service.policy import DEFAULT_NAME, Policies
+from service.policy_file import RIGHTS, ApiKey, Policies, Right
 
 
-@dataclass(frozen=True)
-class Caller:
-    """The party behind a request."""
+def authenticate(policies: Policies, headers: Mapping[str, str]) -> ApiKey | None:
+    """Find the key that a request came with; None where there are no keys. Raises ApiError 401.
 
-    tenant: str | None
-    policy: str
+    It stands in ``Authorization`` as OpenAI's clients send it, or in ``x-api-key`` (LiteLLM) or ``api-key``
+    (Azure's clients).
 
-
-def authenticate(policies: Policies, authorization: str | None) -> Caller:
-    """Find the caller of an ``Authorization`` header. Raises ApiError 401.
-
-    Without keys in the policy file everybody is let in (and the gateway binds loopback only). All digests are
-    compared, each in constant time, so that the time taken says nothing about which one was close.
+    Without keys in the policy file everybody is let in (and the gateway binds loopback only).
     """
     if not policies.keys:
-        return Caller(None, DEFAULT_NAME)
-    scheme, _, token = (authorization or "").partition(" ")
-    if scheme.lower() != "bearer" or not token.strip():
+        return None
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer":
+        token = headers.get("x-api-key") or headers.get("api-key") or ""
+    if not token.strip():
         raise _unauthorized("No API key was sent. Send it as 'Authorization: Bearer <key>'.")
-    digest = hashlib.sha256(token.strip().encode("utf-8", "surrogateescape")).hexdigest()
-    found = None
-    for key in policies.keys:
-        if hmac.compare_digest(digest, key.sha256):
-            found = key
+    found = policies.key_index.find(token.strip())
     if found is None:
         raise _unauthorized("The API key is not known here.")
-    return Caller(found.tenant, found.policy)
+    return found
+
+
+def require(key: ApiKey | None, *rights: Right) -> None:
+    """Raises ApiError 403 unless the key has one of these rights; without keys everybody has all of them."""
+    held = RIGHTS if key is None else key.rights
+    if not set(rights) & set(held):
+        raise ApiError(
+            403,
+            f"The API key does not have the right '{rights[0]}', which this route needs.",
+            code="insufficient_rights",
+            stage="auth",
+            kind="permission_error",
+        )
 
 
 def _unauthorized(message: str) -> ApiError:

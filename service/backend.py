@@ -1,7 +1,7 @@
 """The one seam to the engine. Nothing else in the gateway opens a connection.
 
 BackendError
-├── UnreachableError    no connection, or none free in time
+├── UnreachableError    no connection: nothing was sent
 ├── TooSlowError        a deadline passed
 └── BrokenError         the connection broke, or the answer is not HTTP as agreed
 """
@@ -9,7 +9,7 @@ BackendError
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import httpx
 from pydantic import ValidationError
@@ -24,6 +24,7 @@ _MAX_ERROR_BYTES = 1 << 16
 # and then a request would be sent into one that is just being closed.
 _KEEPALIVE = 2.0
 # Where no connection was made nothing was sent, so trying again is safe: at once, then half a second later.
+# With several engines another one is tried instead.
 _CONNECT_RETRIES = 2
 
 
@@ -46,8 +47,11 @@ class BrokenError(BackendError):
 class EngineAnswer:
     """An answer whose status and headers are here and whose body is not read yet. Must be closed."""
 
-    def __init__(self, response: httpx.Response, idle_timeout: float) -> None:
+    def __init__(
+        self, response: httpx.Response, idle_timeout: float, closed: Callable[[], None] = lambda: None
+    ) -> None:
         self._response = response
+        self._closed: Callable[[], None] | None = closed
         self._idle_timeout = idle_timeout
         self.status = response.status_code
         self.headers = response.headers
@@ -87,30 +91,42 @@ class EngineAnswer:
     async def error_body(self) -> bytes:
         """The body of an answer that is an error; empty when it cannot be read."""
         try:
-            return await self.read(_MAX_ERROR_BYTES)
-        except BackendError:
+            async with asyncio.timeout(self._idle_timeout):
+                return await self.read(_MAX_ERROR_BYTES)
+        except (BackendError, TimeoutError):
             return b""
 
     async def close(self) -> None:
         """Let go of the connection. Before the end of the body this aborts the request at the engine."""
-        await self._response.aclose()
+        try:
+            await self._response.aclose()
+        finally:
+            if self._closed is not None:
+                closed, self._closed = self._closed, None
+                closed()
 
 
 class Backend:
     """The engine's HTTP server."""
 
     def __init__(
-        self, settings: Settings, keys: Keyring, transport: httpx.AsyncBaseTransport | None = None
+        self, url: str, settings: Settings, keys: Keyring, transport: httpx.AsyncBaseTransport | None = None
     ) -> None:
+        self._url = url
         self._settings = settings
         self._keys = keys
+        self.outstanding = 0
+        """Requests at the engine whose answers are not closed yet."""
         limits = httpx.Limits(
             max_connections=settings.max_connections,
             max_keepalive_connections=settings.max_connections,
             keepalive_expiry=_KEEPALIVE,
         )
         self._requests = self._client(
-            transport or httpx.AsyncHTTPTransport(limits=limits, retries=_CONNECT_RETRIES)
+            transport
+            or httpx.AsyncHTTPTransport(
+                limits=limits, retries=0 if len(settings.engines) > 1 else _CONNECT_RETRIES
+            )
         )
         # Its own connection, so that a full pool of requests cannot make the engine look dead.
         self._status = self._client(
@@ -120,7 +136,7 @@ class Backend:
     def _client(self, transport: httpx.AsyncBaseTransport) -> httpx.AsyncClient:
         connect = self._settings.connect_timeout
         return httpx.AsyncClient(
-            base_url=self._settings.engine_base,
+            base_url=self._url,
             transport=transport,
             # Reading has deadlines of its own, which depend on what is read.
             timeout=httpx.Timeout(
@@ -134,24 +150,34 @@ class Backend:
     @property
     def name(self) -> str:
         """Host and port of the engine, as a metric label."""
-        url = self._settings.engine_url
-        return f"{url.host}:{url.port}"
+        return httpx.URL(self._url).netloc.decode()
 
     async def send(self, path: str, body: bytes, headers: dict[str, str], deadline: float) -> EngineAnswer:
         """POST a body and wait for status and headers of the answer. Raises BackendError."""
+        self.outstanding += 1
+        try:
+            response = await self._send(path, body, headers, deadline)
+        except BaseException:
+            self._done()
+            raise
+        return EngineAnswer(response, self._settings.idle_timeout, self._done)
+
+    def _done(self) -> None:
+        self.outstanding -= 1
+
+    async def _send(self, path: str, body: bytes, headers: dict[str, str], deadline: float) -> httpx.Response:
         request = self._requests.build_request(
             "POST", path, content=body, headers={"content-type": "application/json", **headers}
         )
         try:
             async with asyncio.timeout(deadline):
-                response = await self._requests.send(request, stream=True)
+                return await self._requests.send(request, stream=True)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
             raise UnreachableError(f"the engine cannot be reached ({type(error).__name__})") from error
         except (TimeoutError, httpx.TimeoutException) as error:
             raise TooSlowError("the engine did not answer in time") from error
         except httpx.HTTPError as error:
             raise BrokenError(f"the engine did not answer ({type(error).__name__})") from error
-        return EngineAnswer(response, self._settings.idle_timeout)
 
     async def status(self) -> EngineStatus:
         """Ask how the engine is, ready or not. Raises BackendError."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from service.fields import Generation, Strict
+from service.moderation import Moderation
 
 
 class TextPart(Strict):
@@ -126,6 +127,7 @@ class ChatBody(Generation):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
 
+    moderation: Moderation | None = Field(default=None, exclude=True)
     modalities: list[Literal["text"]] | None = Field(default=None, exclude=True)
 
     @model_validator(mode="after")

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from guard.verdict import EngineStatus
 from service.backend import Backend, BackendError
+from service.breaker import Breaker
 from service.errors import unavailable
 from service.metrics import Metrics
-from service.policy import BoundPolicy, Policies, PolicyError, bind
+from service.policy import BoundPolicy, PolicyError
+from service.policy_file import Policies, bind
+from service.policy_store import Commit, PolicyStore
+from service.settings import Settings
 
 logger = logging.getLogger("neuronguard.gateway")
 
@@ -26,16 +31,37 @@ class ReadyEngine:
 
     status: EngineStatus
     policies: dict[str, BoundPolicy]
+    source: Policies
+    """The file that ``policies`` come from."""
+
+    def policy(self, source: Policies, name: str) -> BoundPolicy:
+        """A policy of the file that a request was admitted with, which may no longer be the one in force.
+
+        Raises ApiError 503 when that file and this engine do not go together.
+        """
+        if source is self.source:
+            return self.policies[name]
+        try:
+            return source.bind(name, self.status)
+        except PolicyError as error:
+            raise unavailable(
+                "The model is not ready. Try again later.", code="engine_not_ready", stage="backend"
+            ) from error
 
 
 class EngineWatch:
     """Polls the engine's status until it is stopped, more and more slowly while the engine is away."""
 
-    def __init__(self, backend: Backend, policies: Policies, metrics: Metrics, interval: float) -> None:
-        self._backend = backend
-        self._policies = policies
+    def __init__(self, backend: Backend, store: PolicyStore, metrics: Metrics, settings: Settings) -> None:
+        self.backend = backend
+        self.breaker = Breaker(settings.breaker_failures, settings.breaker_pause)
+        self.served: frozenset[str] = frozenset()
+        """The models of the last status that was heard."""
+        self.changed: Callable[[], None] = lambda: None
+        """Called when the engine has become ready, or ready with something else."""
+        self._store = store
         self._metrics = metrics
-        self._interval = interval
+        self._interval = settings.status_interval
         self._ready: ReadyEngine | None = None
         self._why = "The engine has not been asked yet."
         self._misses = 0
@@ -53,17 +79,26 @@ class EngineWatch:
         """Why the engine is not ready; for operators, not for clients."""
         return self._why
 
-    def require(self) -> ReadyEngine:
-        """The engine. Raises ApiError 503 when it is not ready."""
-        if self._ready is None:
-            raise unavailable(
-                "The model is not ready. Try again later.", code="engine_not_ready", stage="backend"
-            )
-        return self._ready
+    def prepare(self, policies: Policies) -> Commit:
+        """What a new policy file means for this engine. Raises PolicyError when they do not go together."""
+        if self._ready is None or not policies.accepts(self._ready.status.bundle):
+            return self.look_again
+        ready = ReadyEngine(self._ready.status, bind(policies, self._ready.status), policies)
+
+        def commit() -> None:
+            self._ready = ready
+            self.changed()
+
+        return commit
 
     def look_again(self) -> None:
         """Ask at once, because something about a request was not as the last status said."""
         self._hurry.set()
+
+    def failed(self) -> None:
+        """The engine failed a request: it is asked how it is, and left alone if that goes on."""
+        self.breaker.failed()
+        self.look_again()
 
     def heard(self) -> None:
         """A verdict of the engine in force was just verified: status requests missed before do not count.
@@ -71,6 +106,7 @@ class EngineWatch:
         In a burst the API server may be too busy for three of them in a row while it answers everybody.
         """
         self._misses = 0
+        self.breaker.succeeded()
 
     async def run(self) -> None:
         """Poll for ever."""
@@ -96,7 +132,7 @@ class EngineWatch:
     async def poll(self) -> None:
         """Ask once and draw the conclusions."""
         try:
-            status = await self._backend.status()
+            status = await self.backend.status()
         except BackendError as error:
             self._misses += 1
             if self._ready is None or self._misses > _MISSES_ALLOWED:
@@ -106,22 +142,25 @@ class EngineWatch:
         if status.state != "ready":
             self._lose(f"the engine is {status.state}: {status.detail}")
             return
-        if self._ready is not None and self._ready.status == status:
+        policies = self._store.current
+        if self._ready is not None and self._ready.status == status and self._ready.source is policies:
             return
-        accepted = self._policies.accepts(status.bundle)
-        self._metrics.bundle_mismatch.labels(self._backend.name).set(not accepted)
+        accepted = policies.accepts(status.bundle)
+        self._metrics.bundle_mismatch.labels(self.backend.name).set(not accepted)
         if not accepted:
             self._lose(f"the engine's bundle {status.bundle} is not under bundles in the policy file")
             return
         try:
-            policies = bind(self._policies, status)
+            bound = bind(policies, status)
         except PolicyError as error:
             self._lose(str(error))
             return
-        self._ready = ReadyEngine(status, policies)
+        self._ready = ReadyEngine(status, bound, policies)
         self._why = ""
-        self._metrics.upstream_up.labels(self._backend.name).set(1)
-        self._metrics.in_force(status, policies.values())
+        self._metrics.upstream_up.labels(self.backend.name).set(1)
+        self.served = frozenset(status.names)
+        self.breaker.succeeded()  # it has just tested itself, or has a new name
+        self.changed()
         logger.info(
             "engine ready: model %s, bundle %s, audience %s", status.model, status.bundle, status.audience
         )
@@ -129,6 +168,9 @@ class EngineWatch:
     def _lose(self, why: str) -> None:
         if self._ready is not None or why != self._why:
             logger.warning("not ready: %s", why)
+        lost = self._ready is not None
         self._ready = None
         self._why = why
-        self._metrics.upstream_up.labels(self._backend.name).set(0)
+        if lost:
+            self.changed()
+        self._metrics.upstream_up.labels(self.backend.name).set(0)

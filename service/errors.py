@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from starlette.responses import JSONResponse
 
 RETRY_AFTER = {"retry-after": "2"}
-STAGES = ("auth", "request", "backend", "directive", "verdict", "guard", "stream", "internal")
+STAGES = ("auth", "request", "backend", "directive", "verdict", "guard", "stream", "audit", "internal")
 """The parts that can fail. The first two are the client's own mistakes."""
 
 

@@ -11,25 +11,35 @@ import logging
 import re
 import time
 import uuid
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from guard.verdict import DIRECTIVE_HEADER, VERDICT_HEADER, Decision, Verdict, VerdictError
+from service import tracing
 from service.backend import BackendError, EngineAnswer, TooSlowError, UnreachableError
 from service.directives import Order
+from service.engine import EngineWatch
 from service.errors import RETRY_AFTER, ApiError, bad_request, bad_upstream, unavailable, unknown_model
-from service.gateway import Call
+from service.gateway import Call, span_of
+from service.judge import Turn
+from service.policy import judged_safe
 from service.request_log import REQUEST_ID_HEADER
 
 logger = logging.getLogger("neuronguard.gateway")
 
 UNGUARDED = "unguarded"
-_TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _TOO_LONG = re.compile(
     r"maximum context length|max_model_len|maximum model length|maximum input length", re.I
 )
 _FIELD = re.compile(r"[\w.\[\]]{1,100}", re.ASCII)
 _UNCHECKED = "The request could not be checked and was not answered. Try again later."
 _REASON = re.compile(r"refused: ([a-z_]{1,40})\b")
+
+
+def as_it_is(decision: Decision) -> Decision:
+    """The order of a request under its policy and nothing else."""
+    return decision
 
 
 @dataclass(frozen=True)
@@ -40,23 +50,41 @@ class Forward:
     body: bytes
     siblings: int
     stream: bool
-    decision: Decision
+    order: Callable[[Decision], Decision]
+    """From what the policy says with an engine's thresholds to what that engine is told."""
+    turns: Callable[[], list[Turn] | None]
+    """The conversation as a judge reads it, made only when one is asked; None: there is no text."""
 
 
 @dataclass(frozen=True)
 class Judged:
     """An answer of the engine with its verdict, None only under ``on_missing_verdict: open``."""
 
+    call: Call
+    """The request as one to the engine that answered."""
+    decision: Decision
+    """What that engine was told."""
     answer: EngineAnswer
     verdict: Verdict | None
     sent: float
     """``time.perf_counter()`` just before the request went out."""
     judged: float
     """``time.perf_counter()`` when the verdict was here."""
+    escalated: Literal["pass", "refuse"] | None = None
+    """What was decided about a request that the rules escalated."""
+
+    @property
+    def said(self) -> str:
+        """What the rules said."""
+        if self.escalated is not None:
+            return "escalate"
+        return (self.verdict.decision if self.verdict else None) or "none"
 
     @property
     def action(self) -> str:
         """What was done, as clients and metrics are told."""
+        if self.escalated == "refuse":
+            return "refuse"
         return self.verdict.action if self.verdict else UNGUARDED
 
 
@@ -67,45 +95,130 @@ async def exchange(call: Call, forward: Forward) -> Judged:
     """
     try:
         judged = await _exchange(call, forward)
+        if judged.action == "escalate":
+            judged = await _escalate(call, forward, judged)
     except BaseException:  # a client that goes away cancels this; its request was sent all the same
-        _count(call, forward, None, "none")
+        _count(call, forward, None)
         raise
-    _count(call, forward, judged.verdict, judged.action)
+    _count(call, forward, judged)
     return judged
 
 
+async def _escalate(call: Call, forward: Forward, judged: Judged) -> Judged:
+    """Ask the judge about a request that the engine has ended for it, and send it again if it may pass.
+
+    The second directive is bound to the same bytes, and its rules still refuse what they refused: a judge can
+    widen nothing but the band that it was asked about.
+    """
+    await judged.answer.close()
+    if await decide(judged.call, forward, judged.verdict) == "refuse":
+        return replace(judged, escalated="refuse")
+    again = await _exchange(call, replace(forward, order=lambda said: forward.order(judged_safe(said))))
+    if again.action not in ("pass", "tag", UNGUARDED):
+        return again
+    return replace(again, escalated="pass")
+
+
+async def decide(call: Call, forward: Forward, verdict: Verdict | None) -> Literal["pass", "refuse"]:
+    """What becomes of an escalated request: the judge's opinion, or its ``on_error``."""
+    if verdict is None or verdict.probability is None:
+        return "refuse"
+    name, judge = call.arrival.policies.judge(call.bound.judge(verdict.probability))
+    outcome = await call.gateway.judges.ask(name, judge, forward.turns())
+    call.record.judge = outcome
+    if outcome == "failed":
+        return judge.on_error
+    return "refuse" if outcome == "unsafe" else "pass"
+
+
 async def _exchange(call: Call, forward: Forward) -> Judged:
-    gateway, settings = call.gateway, call.gateway.settings
+    """One run on one engine. Where no connection was made nothing was sent, and another engine is tried."""
+    pool, tried = call.gateway.pool, set[EngineWatch]()
+    while True:
+        lane = pool.choose(call.model, tried, call.conversation)
+        call = call.sent_to(lane)
+        try:
+            return await _run(call, forward)
+        except _NotSentError as error:
+            tried.add(lane.watch)
+            if len(tried) == len(pool.watches):
+                raise _no_answer(error.reason) from error
+            try:
+                pool.choose(call.model, tried, None)
+            except ApiError:
+                raise _no_answer(error.reason) from error
+            call.gateway.metrics.retries.inc()
+
+
+class _NotSentError(Exception):
+    """The engine has not seen a byte of the request."""
+
+    def __init__(self, reason: BackendError) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+async def _run(call: Call, forward: Forward) -> Judged:
+    gateway, settings, watch = call.gateway, call.gateway.settings, call.lane.watch
+    decision = forward.order(call.bound.decision)
     order = Order.issue(
-        forward.decision,
+        decision,
         gateway.keys,
-        audience=call.engine.status.audience,
+        audience=call.lane.engine.status.audience,
         body=forward.body,
         siblings=forward.siblings,
         lifetime=settings.directive_lifetime,
     )
     # Without a stream the engine sends nothing before the whole answer is there, checks excepted.
-    quick = forward.stream or forward.decision.mode == "check"
+    quick = forward.stream or decision.mode == "check"
     deadline = settings.verdict_timeout if quick else settings.answer_timeout
-    headers = _headers(call) | {DIRECTIVE_HEADER: order.sealed}
+    span = span_of(call.arrival.request).child("guard.verdict")
+    headers = _headers(call, span) | {DIRECTIVE_HEADER: order.sealed}
+    call.record.engine = watch.backend.name
+    noted: dict[str, tracing.Value] = {
+        tracing.POLICY: call.bound.name,
+        tracing.MODE: decision.mode,
+        tracing.MODEL: call.model,
+        tracing.ENGINE: watch.backend.name,
+    }
     sent = time.perf_counter()
+    watch.breaker.enter()
     try:
-        answer = await gateway.backend.send(forward.path, forward.body, headers, deadline)
+        answer = await watch.backend.send(forward.path, forward.body, headers, deadline)
     except BackendError as error:
-        gateway.engine.look_again()
-        logger.warning("request %s: %s", call.record.request_id, error)
+        watch.failed()
+        span.end(noted | {tracing.ERROR: type(error).__name__})
+        logger.warning("request %s: %s: %s", call.record.request_id, watch.backend.name, error)
+        if isinstance(error, UnreachableError):
+            raise _NotSentError(error) from error
         raise _no_answer(error) from error
+    except BaseException:  # the client has gone
+        watch.breaker.gave_up()
+        span.end(noted | {tracing.ERROR: "client_gone"})
+        raise
     try:
         if not 200 <= answer.status < 300:
             raise await _upstream_error(call, answer)
         verdict = _verify(call, order, answer)
-    except BaseException:
+    except BaseException as error:
+        watch.breaker.gave_up()
+        span.end(noted | {tracing.ERROR: getattr(error, "code", type(error).__name__)})
         await answer.close()
         raise
-    return Judged(answer, verdict, sent, time.perf_counter())
+    span.end(noted | (_found(verdict, settings.audit_scores) if verdict else {}))
+    return Judged(call, decision, answer, verdict, sent, time.perf_counter())
 
 
-def _headers(call: Call) -> dict[str, str]:
+def _found(verdict: Verdict, score: bool) -> dict[str, tracing.Value]:
+    return {
+        tracing.VERDICT: verdict.decision,
+        tracing.ACTION: verdict.action,
+        tracing.BUNDLE: verdict.bundle,
+        tracing.PROBABILITY: verdict.probability if score else None,
+    }
+
+
+def _headers(call: Call, span: tracing.Span) -> dict[str, str]:
     """Headers for the engine, built from nothing: no header of the client goes through as it is.
 
     The engine's request ids must be unique, and a client's need not be.
@@ -113,9 +226,8 @@ def _headers(call: Call) -> dict[str, str]:
     upstream_id = uuid.uuid4().hex
     call.record.upstream_id = upstream_id
     headers = {REQUEST_ID_HEADER: upstream_id}
-    trace = call.request.headers.get("traceparent", "")
-    if _TRACEPARENT.fullmatch(trace):
-        headers["traceparent"] = trace
+    if span.traceparent is not None:
+        headers["traceparent"] = span.traceparent
     return headers
 
 
@@ -125,7 +237,7 @@ def _verify(call: Call, order: Order, answer: EngineAnswer) -> Verdict | None:
         verdict = order.verify(answer.headers.get(VERDICT_HEADER), call.gateway.keys)
     except VerdictError as error:
         metrics.bypass.labels(error.reason).inc()
-        call.gateway.engine.look_again()
+        call.lane.watch.failed()
         logger.error("request %s: no valid verdict (%s)", call.record.request_id, error.reason)
         # `open` is for an engine that says nothing. One that says something false is not to be believed.
         if error.reason == "missing" and call.bound.policy.on_missing_verdict == "open":
@@ -137,32 +249,27 @@ def _verify(call: Call, order: Order, answer: EngineAnswer) -> Verdict | None:
             stage="verdict",
         ) from error
     if verdict.action == "error":
+        call.lane.watch.failed()
         logger.error("request %s: the guard failed (%s)", call.record.request_id, verdict.reason)
         raise unavailable(
             _UNCHECKED,
             code="guard_failed",
             stage="guard",
         )
-    if verdict.bundle == call.engine.status.bundle:
-        call.gateway.engine.heard()
+    if verdict.bundle == call.lane.engine.status.bundle:
+        call.lane.watch.heard()
     else:
-        call.gateway.engine.look_again()
+        call.lane.watch.look_again()
     return verdict
 
 
-def _count(call: Call, forward: Forward, verdict: Verdict | None, action: str) -> None:
-    record, metrics = call.record, call.gateway.metrics
-    model = record.model or call.engine.status.model
-    said = (verdict.decision if verdict else None) or "none"
-    record.mode, record.stream, record.verdict, record.action = (
-        forward.decision.mode,
-        forward.stream,
-        said,
-        action,
-    )
-    metrics.requests.labels(
-        call.bound.name, model, said, action, forward.decision.mode, str(forward.stream).lower()
-    ).inc()
+def _count(call: Call, forward: Forward, judged: Judged | None) -> None:
+    record, metrics, model = call.record, call.gateway.metrics, call.model
+    verdict = judged.verdict if judged else None
+    said, action = (judged.said, judged.action) if judged else ("none", "none")
+    mode = judged.decision.mode if judged else forward.order(call.bound.decision).mode
+    record.mode, record.stream, record.verdict, record.action = mode, forward.stream, said, action
+    metrics.requests.labels(call.bound.name, model, said, action, mode, str(forward.stream).lower()).inc()
     if verdict is None:
         return
     record.bundle = verdict.bundle
@@ -171,8 +278,8 @@ def _count(call: Call, forward: Forward, verdict: Verdict | None, action: str) -
         metrics.score.labels(model).observe(verdict.probability)
         if call.gateway.settings.audit_scores:
             record.probability = max(verdict.probability, record.probability or 0.0)
-    if forward.stream or verdict.action != "pass":
-        elapsed = time.perf_counter() - call.arrived
+    if forward.stream or action != "pass":
+        elapsed = time.perf_counter() - call.arrival.arrived
         record.verdict_seconds = round(elapsed, 6)
         metrics.time_to_verdict.observe(elapsed)
 
@@ -197,7 +304,7 @@ async def _upstream_error(call: Call, answer: EngineAnswer) -> ApiError:
     """What an error of the engine means to the client. Quoted are only messages about its own request."""
     message, code, param = _parse_error(await answer.error_body())
     if code == "guard_directive_invalid":
-        call.gateway.engine.look_again()
+        call.lane.watch.look_again()
         reason = _REASON.search(message)
         logger.error(
             "request %s: the engine refused the directive (%s)",
@@ -220,8 +327,8 @@ async def _upstream_error(call: Call, answer: EngineAnswer) -> ApiError:
             return bad_request(message, code="context_length_exceeded", param=_prompt_field(call))
         return bad_request(message or "The model's server refused the request.", param=param)
     if answer.status == 404 and "does not exist" in message:
-        call.gateway.engine.look_again()
-        return unknown_model(call.record.model or call.engine.status.model)
+        call.lane.watch.look_again()
+        return unknown_model(call.model)
     if answer.status == 429:
         return ApiError(
             429,
@@ -231,8 +338,9 @@ async def _upstream_error(call: Call, answer: EngineAnswer) -> ApiError:
             kind="rate_limit_error",
             headers=RETRY_AFTER,
         )
+    if answer.status >= 500:
+        call.lane.watch.failed()
     if answer.status == 503:
-        call.gateway.engine.look_again()
         return unavailable(
             "The model is not available. Try again later.", code="engine_unavailable", stage="backend"
         )
@@ -251,4 +359,4 @@ def _parse_error(body: bytes) -> tuple[str, str, str | None]:
 
 
 def _prompt_field(call: Call) -> str:
-    return next((name for name in ("messages", "prompt", "input") if name in call.body), "messages")
+    return next((name for name in ("messages", "prompt", "input") if name in call.arrival.body), "messages")

@@ -19,7 +19,7 @@ _INTERNAL = "It reaches into the engine past the guard. Remove it."
 _PROMPT = "It returns parts of the prompt, which this gateway does not do. Remove it."
 _IDENTITY = "The gateway gives every request its own id. Send the header x-request-id to correlate."
 
-Body = TypeVar("Body", bound="Strict")
+Body = TypeVar("Body", bound=BaseModel)
 
 ADVICE = {
     "vllm_xargs": _INTERNAL,

@@ -30,7 +30,7 @@ CLIENTS = {"api-key": "default", "api-key-observe": "observe"}
 """Files under ``client`` and the policies of their keys."""
 
 _POLICIES = """\
-# Policies and API keys: docs/operations.md. The gateway reads this file when it starts.
+# Policies and API keys: docs/operations.md. The gateway reads this file again when it changes.
 policies:
   # Refuse at the engine's default operating point.
   default: {}

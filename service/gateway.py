@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
 from fastapi import Request
@@ -13,15 +13,23 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from guard.sealed import Keyring
-from service.audit import AuditRecord
-from service.auth import authenticate
-from service.backend import Backend
-from service.engine import EngineWatch, ReadyEngine
-from service.errors import ApiError, ClientGoneError, bad_request, unknown_model
+from guard.verdict import Verdict
+from service.affinity import conversation
+from service.audit import AuditRecord, PromptDigest
+from service.auth import authenticate, require
+from service.errors import ApiError, ClientGoneError, bad_request
+from service.fields import Body, validate
+from service.judge import Judges
+from service.limits import KeyLimits
 from service.metrics import Metrics
-from service.policy import BoundPolicy, Policies
+from service.policy import BoundPolicy
+from service.policy_file import ApiKey, Policies, Right
+from service.policy_store import PolicyStore
+from service.pool import Lane, Pool
+from service.prompt_size import check_size
 from service.settings import Settings
 from service.strict_json import parse_object
+from service.tracing import Span
 
 T = TypeVar("T")
 
@@ -31,31 +39,83 @@ class Gateway:
     """Everything that requests share."""
 
     settings: Settings
-    policies: Policies
+    store: PolicyStore
     keys: Keyring
-    backend: Backend
-    engine: EngineWatch
+    pool: Pool
+    judges: Judges
+    limits: KeyLimits
     metrics: Metrics
+    prompt_digest: PromptDigest | None = None
+    draining: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the process was told to stop."""
 
 
 @dataclass(frozen=True)
-class Call:
+class Arrival:
     """One authenticated request whose body has been read."""
 
     gateway: Gateway
     request: Request
     record: AuditRecord
-    engine: ReadyEngine
-    bound: BoundPolicy
+    policies: Policies
+    """The policies in force when it was admitted, which stay in force for it."""
+    key: ApiKey | None
     body: dict[str, Any]
     arrived: float
     """``time.perf_counter()`` when the body was complete."""
 
-    def check_model(self, model: str) -> None:
-        """Raises ApiError 404 unless the engine serves ``model``."""
-        if model not in self.engine.status.names:
-            raise unknown_model(model)
+    def validate(self, model: type[Body]) -> Body:
+        """The body as its route describes it. Raises ApiError 400."""
+        body = validate(model, self.body)
+        check_size(self.body, self.gateway.settings)
+        return body
+
+    def call(self, model: str | None) -> Call:
+        """The request as one to the engine, for this model; None: whatever is served.
+
+        Raises ApiError 404 unless the engine serves ``model``, 503 when it is not ready.
+        """
+        lane = self.gateway.pool.serving(model)
+        model = lane.engine.status.model if model is None else model
         self.record.model = model
+        if self.gateway.prompt_digest is not None:
+            self.record.prompt_hmac = self.gateway.prompt_digest.of(self.body)
+        name = self.policies.policy_for(self.key, model)
+        self.record.policy = name
+        start = conversation(self.body) if self.gateway.settings.affinity else None
+        return Call(self, lane, lane.engine.policy(self.policies, name), model, start)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request to an engine, under the policy that it falls under."""
+
+    arrival: Arrival
+    lane: Lane
+    """An engine that serves the model; the one that a request is sent to last, once one was."""
+    bound: BoundPolicy
+    """The policy with that engine's thresholds."""
+    model: str
+    conversation: bytes | None = None
+    """What requests of one conversation share, for affinity."""
+
+    def sent_to(self, lane: Lane) -> Call:
+        """The same request as one to another engine. Raises ApiError 503."""
+        return replace(self, lane=lane, bound=lane.engine.policy(self.arrival.policies, self.bound.name))
+
+    @property
+    def gateway(self) -> Gateway:
+        """What all requests share."""
+        return self.arrival.gateway
+
+    def shown(self, verdict: Verdict | None) -> float | None:
+        """P(unsafe) if the client may see it: a score is an oracle for attackers."""
+        return verdict.probability if verdict is not None and self.bound.policy.expose_score else None
+
+    @property
+    def record(self) -> AuditRecord:
+        """The request's audit record."""
+        return self.arrival.record
 
 
 def gateway_of(request: Request) -> Gateway:
@@ -63,28 +123,38 @@ def gateway_of(request: Request) -> Gateway:
     return cast(Gateway, request.app.state.gateway)
 
 
+def span_of(request: Request) -> Span:
+    """The span of a request."""
+    return cast(Span, request.state.span)
+
+
 def record_of(request: Request) -> AuditRecord:
     """The audit record of a request."""
     return cast(AuditRecord, request.state.record)
 
 
-def admit(request: Request) -> tuple[Gateway, ReadyEngine, BoundPolicy]:
-    """Authenticate and find policy and engine. Raises ApiError 401 or 503."""
-    gateway, record = gateway_of(request), record_of(request)
-    caller = authenticate(gateway.policies, request.headers.get("authorization"))
-    record.tenant, record.policy = caller.tenant, caller.policy
-    engine = gateway.engine.require()
-    return gateway, engine, engine.policies[caller.policy]
+def admit(request: Request, *rights: Right) -> tuple[Policies, ApiKey | None]:
+    """Authenticate a request that needs one of ``rights``. Raises ApiError 401 or 403."""
+    policies, record = gateway_of(request).store.current, record_of(request)
+    key = authenticate(policies, request.headers)
+    record.tenant = key.tenant if key is not None else None
+    require(key, *rights)
+    return policies, key
 
 
-async def begin(request: Request) -> Call:
-    """Admit a request and read its body. Raises ApiError."""
-    gateway, engine, bound = admit(request)
-    settings = gateway.settings
-    body = await _read(request, settings)
+async def begin(request: Request, *rights: Right) -> Arrival:
+    """Admit a request and read its body. Raises ApiError.
+
+    It counts against the limits of its key from here to the last byte of its answer.
+    """
+    gateway = gateway_of(request)
+    policies, key = admit(request, *rights)
+    request.state.held.enter_context(gateway.limits.request(key))
+    gateway.pool.require()  # before the body is read
+    body = await _read(request, gateway.settings)
     arrived = time.perf_counter()
-    value = parse_object(body, max_depth=settings.max_json_depth)
-    return Call(gateway, request, record_of(request), engine, bound, value, arrived)
+    value = parse_object(body, max_depth=gateway.settings.max_json_depth)
+    return Arrival(gateway, request, record_of(request), policies, key, value, arrived)
 
 
 async def _read(request: Request, settings: Settings) -> bytes:

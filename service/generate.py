@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Literal
+from typing import Any, Literal
 
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -14,9 +14,11 @@ from starlette.types import Receive, Scope, Send
 from service.backend import BackendError, TooSlowError
 from service.chat_body import ChatBody
 from service.completion_body import CompletionBody
-from service.errors import ClientGoneError, bad_request, bad_upstream
-from service.exchange import Forward, Judged, exchange
-from service.gateway import Call, unless_gone
+from service.errors import bad_request, bad_upstream
+from service.exchange import Forward, Judged, as_it_is, exchange
+from service.gateway import Arrival, Call, unless_gone
+from service.judge import turns_of
+from service.moderation import blocking, report
 from service.refusal import RefusedAnswer
 from service.stream import (
     AnswerWatch,
@@ -26,56 +28,76 @@ from service.stream import (
     error_frame,
     parse_json_object,
 )
+from service.strict_json import dump
 
 EVENT_STREAM = "text/event-stream"
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
-async def generate(call: Call, body: ChatBody | CompletionBody, route: Literal["chat", "text"]) -> Response:
+async def generate(
+    arrival: Arrival, body: ChatBody | CompletionBody, route: Literal["chat", "text"]
+) -> Response:
     """Answer a generating request. Raises ApiError and ClientGoneError."""
-    call.check_model(body.model)
+    call = arrival.call(body.model)
     limit = call.gateway.settings.max_siblings
     if body.siblings > limit:
         raise bad_request(
             f"The request asks for {body.siblings} answers; at most {limit} are allowed.", param="n"
         )
+    moderation = body.moderation if isinstance(body, ChatBody) else None
+    narrowed = moderation is not None and moderation.blocks
     forward = Forward(
         path="/v1/chat/completions" if route == "chat" else "/v1/completions",
         body=body.forwarded(),
         siblings=body.siblings,
         stream=body.streamed,
-        decision=call.bound.decision,
+        order=blocking if narrowed else as_it_is,
+        turns=lambda: turns_of(arrival.body),
     )
-    receive = call.request.receive
+    receive = arrival.request.receive
     judged = await unless_gone(receive, exchange(call, forward))
+    finding = _finding(call, judged) if moderation is not None else None
     ready = judged.judged
     try:
         if judged.action == "refuse":
             # Whatever the engine put into the body: it is not read, and the connection is closed at once.
             await judged.answer.close()
-            response = _refused(call, judged, body, route)
+            response = _refused(call, judged, body, route, finding)
         elif body.streamed:
-            response = _relayed(call, judged)
+            response = _relayed(call, judged, finding)
         else:
-            response = await unless_gone(receive, _whole(call, judged))
+            response = await unless_gone(receive, _whole(call, judged, finding))
             ready = time.perf_counter()  # reading the answer is the engine's time
     except BaseException:
         await judged.answer.close()
         raise
-    call.gateway.metrics.overhead.observe(judged.sent - call.arrived + time.perf_counter() - ready)
+    call.gateway.metrics.overhead.observe(judged.sent - arrival.arrived + time.perf_counter() - ready)
     return response
+
+
+def _finding(call: Call, judged: Judged) -> dict[str, Any]:
+    """What a client is told that asked for OpenAI's moderation results."""
+    flagged = None
+    if judged.verdict is not None:
+        flagged = judged.action == "refuse" or (judged.said != "pass" and judged.escalated != "pass")
+    return report(call.model, flagged, call.shown(judged.verdict))
 
 
 def guard_headers(call: Call, judged: Judged) -> dict[str, str]:
     """What a client is told of the verdict."""
     headers = {"x-guard-action": judged.action, "x-guard-policy": call.bound.name}
-    if call.bound.policy.expose_score and judged.verdict and judged.verdict.probability is not None:
-        headers["x-guard-score"] = f"{judged.verdict.probability:.6f}"
+    score = call.shown(judged.verdict)
+    if score is not None:
+        headers["x-guard-score"] = f"{score:.6f}"
     return headers
 
 
 def _refused(
-    call: Call, judged: Judged, body: ChatBody | CompletionBody, route: Literal["chat", "text"]
+    call: Call,
+    judged: Judged,
+    body: ChatBody | CompletionBody,
+    route: Literal["chat", "text"],
+    finding: dict[str, Any] | None,
 ) -> Response:
     refused = RefusedAnswer(
         route=route,
@@ -84,17 +106,22 @@ def _refused(
         model=body.model,
         siblings=body.siblings,
         prompt_tokens=judged.verdict.prompt_tokens if judged.verdict else 0,
+        moderation=finding,
     )
     call.record.completion_tokens = 0
     headers = guard_headers(call, judged)
+    error = refused.error()
+    if error is not None:
+        call.record.code = error[1]["error"]["code"]
+        return JSONResponse(error[1], error[0], headers=headers)
     if not body.streamed:
         return JSONResponse(refused.body(), headers=headers)
     frames = b"".join(refused.frames(include_usage=body.include_usage))
     return Response(frames, headers=headers | _STREAM_HEADERS, media_type=EVENT_STREAM)
 
 
-async def _whole(call: Call, judged: Judged) -> Response:
-    """A passed answer, read to its end, looked at, and handed on byte for byte."""
+async def _whole(call: Call, judged: Judged, finding: dict[str, Any] | None) -> Response:
+    """A passed answer, read to its end, looked at, and handed on byte for byte, a finding asked for aside."""
     settings, answer = call.gateway.settings, judged.answer
     try:
         async with asyncio.timeout(settings.answer_timeout):
@@ -108,13 +135,15 @@ async def _whole(call: Call, judged: Judged) -> Response:
         raise bad_upstream("The model's server sent something that is not an answer.")
     call.gateway.metrics.first_byte.observe(judged.judged - judged.sent)
     call.record.completion_tokens = completion_tokens(value)
+    if finding is not None:
+        content = dump(value | {"moderation": finding})
     return Response(content, headers=guard_headers(call, judged), media_type="application/json")
 
 
-def _relayed(call: Call, judged: Judged) -> Response:
+def _relayed(call: Call, judged: Judged, finding: dict[str, Any] | None) -> Response:
     if judged.answer.media_type != EVENT_STREAM:
         raise bad_upstream("The model's server sent something that is not a stream.")
-    return RelayedStream(call, judged)
+    return RelayedStream(call, judged, finding)
 
 
 class RelayedStream(StreamingResponse):
@@ -124,9 +153,10 @@ class RelayedStream(StreamingResponse):
     the client goes away, the connection to the engine is closed at once, which stops the generation.
     """
 
-    def __init__(self, call: Call, judged: Judged) -> None:
+    def __init__(self, call: Call, judged: Judged, finding: dict[str, Any] | None) -> None:
         self._call = call
         self._judged = judged
+        self._finding = finding
         headers = guard_headers(call, judged) | _STREAM_HEADERS
         super().__init__((), headers=headers, media_type=EVENT_STREAM)
 
@@ -138,15 +168,10 @@ class RelayedStream(StreamingResponse):
             await self._judged.answer.close()
 
     async def _pump(self, send: Send) -> None:
-        limit = self._call.gateway.settings.send_timeout
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async with aclosing(self._frames()) as frames:
             async for frame in frames:
-                try:
-                    async with asyncio.timeout(limit):
-                        await send({"type": "http.response.body", "body": frame, "more_body": True})
-                except TimeoutError:
-                    raise ClientGoneError from None  # it is there, but does not read
+                await send({"type": "http.response.body", "body": frame, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _frames(self) -> AsyncGenerator[bytes]:
@@ -175,6 +200,8 @@ class RelayedStream(StreamingResponse):
                 first = False
             for frame in decoder.decode(chunk):
                 watch.look(frame)
+                if watch.finished and self._finding is not None:
+                    yield watch.chunk({"moderation": self._finding})
                 yield frame
                 if watch.finished:
                     return

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from guard import __version__
 from guard.sealed import SEAL_ERRORS
-from guard.verdict import VERDICT_ERRORS, EngineStatus, Mode, RuleAction
+from guard.verdict import VERDICT_ERRORS, Action, EngineStatus, Mode, RuleAction
 from service.errors import STAGES
 from service.policy import BoundPolicy
 
@@ -103,16 +103,22 @@ class Metrics:
         for stage in STAGES:
             self.errors.labels(stage, "closed")
         self.errors.labels("verdict", "open")
+        self.errors.labels("audit", "open")
         self.inflight = Gauge("guard_inflight_requests", "Requests being answered.", registry=registry)
         self.inflight_limit = Gauge(
             "guard_inflight_requests_limit",
-            "Most requests that are sent to the engine at one time; more wait, then get a 503.",
+            "Most requests that are sent to the engine at one time; more get a 503 at once.",
             registry=registry,
         )
         self.upstream_up = Gauge(
             "guard_upstream_up",
             "1 while the engine answers and its guard passed the self-test.",
             ("backend",),
+            registry=registry,
+        )
+        self.retries = Counter(
+            "guard_upstream_retries_total",
+            "Requests sent to another engine because no connection to the first was made.",
             registry=registry,
         )
         self.bundle_info = Gauge(
@@ -139,28 +145,67 @@ class Metrics:
             ("policy", "model", "action"),
             registry=registry,
         )
+        self.policy_reloads = Counter(
+            "guard_policy_reloads_total",
+            "Times that the policy file was read again. failed: the old policies stayed in force.",
+            ("result",),
+            registry=registry,
+        )
+        for result in ("done", "failed"):
+            self.policy_reloads.labels(result)
+        self.rejections = Counter(
+            "guard_rejections_total",
+            "Requests turned away for the load they are: rate and concurrency of their key, or saturated.",
+            ("reason",),
+            registry=registry,
+        )
+        for reason in ("rate", "concurrency", "saturated"):
+            self.rejections.labels(reason)
+        self.judgements = Counter(
+            "guard_judgements_total",
+            "Questions to judges about escalated requests. failed: the judge's on_error decided.",
+            ("judge", "outcome"),
+            registry=registry,
+        )
+        self.judge_seconds = Histogram(
+            "guard_judge_seconds",
+            "How long judges took to answer or to fail.",
+            ("judge",),
+            buckets=_LONG,
+            registry=registry,
+        )
         self.build_info = Gauge("guard_build_info", "1 for the version.", ("version",), registry=registry)
         self.build_info.labels(__version__).set(1)
 
-    def in_force(self, status: EngineStatus, policies: Iterable[BoundPolicy]) -> None:
-        """Show one engine's bundle and the policies as they are bound to it, in place of any before."""
+    def in_force(self, engines: Iterable[tuple[EngineStatus, Iterable[BoundPolicy]]]) -> None:
+        """Show the bundles of all ready engines and the policies as bound to them, in place of any before."""
         for family in (self.bundle_info, self.policy_info, self.policy_threshold):
             family.clear()
-        self.bundle_info.labels(status.bundle, status.model, status.label).set(1)
-        self.score.labels(status.model)
-        for bound in policies:
-            decision, policy = bound.decision, bound.policy
-            self.policy_info.labels(bound.name, decision.mode, policy.on_missing_verdict).set(1)
-            for rule in reversed(decision.rules):  # the first rule of an action is the one that shows
-                self.policy_threshold.labels(bound.name, status.model, rule.action).set(rule.above)
-            for verdict, stream in product(_ACTIONS, ("true", "false")):
-                self.requests.labels(
-                    bound.name, status.model, verdict, _done(verdict, decision.mode), decision.mode, stream
-                )
+        for status, policies in engines:
+            self.bundle_info.labels(status.bundle, status.model, status.label).set(1)
+            self.score.labels(status.model)
+            for bound in policies:
+                self._show(status, bound)
+
+    def _show(self, status: EngineStatus, bound: BoundPolicy) -> None:
+        decision, policy = bound.decision, bound.policy
+        self.policy_info.labels(bound.name, decision.mode, policy.on_missing_verdict).set(1)
+        for rule in reversed(decision.rules):  # the first rule of an action is the one that shows
+            self.policy_threshold.labels(bound.name, status.model, rule.action).set(rule.above)
+        said: list[RuleAction] = ["pass", "tag", "refuse"]
+        if any(rule.action == "escalate" for rule in decision.rules):
+            said.append("escalate")
+        for verdict, stream in product(said, ("true", "false")):
+            for action in _done(verdict, decision.mode):
+                self.requests.labels(bound.name, status.model, verdict, action, decision.mode, stream)
+
+    def known_judges(self, names: Iterable[str]) -> None:
+        """Start the counters of judges at zero."""
+        for name, outcome in product(names, ("safe", "unsafe", "failed")):
+            self.judgements.labels(name, outcome)
 
 
-_ACTIONS: tuple[RuleAction, ...] = ("pass", "tag", "refuse")
-
-
-def _done(verdict: RuleAction, mode: Mode) -> str:
-    return verdict if mode == "enforce" else "pass"
+def _done(verdict: RuleAction, mode: Mode) -> tuple[Action, ...]:
+    if mode != "enforce":
+        return ("pass",)
+    return ("pass", "refuse") if verdict == "escalate" else (verdict,)

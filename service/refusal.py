@@ -3,6 +3,9 @@
 Style ``message`` reads like an answer: the text stands in ``content`` and in ``refusal``, the reason is
 ``stop``. Style ``content_filter`` has no content and the finish reason ``content_filter``, at which OpenAI's
 SDK raises from ``.parse()`` and ``.stream()`` with a response format. Text completions have no ``refusal``.
+
+Styles ``azure`` and ``error`` are errors, also for streams, which then have no frame: Azure OpenAI's body for
+a filtered prompt, and OpenAI's error body.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from service.errors import error_body
 from service.policy import Refusal
 
 DONE = b"data: [DONE]\n\n"
@@ -28,12 +32,14 @@ class RefusedAnswer:
     model: str
     siblings: int
     prompt_tokens: int
+    moderation: dict[str, Any] | None = None
+    """OpenAI's member of this name, for clients that asked for it."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     def body(self) -> dict[str, Any]:
         """The answer to a request without ``stream``."""
         choices = [self._choice(index) for index in range(self.siblings)]
-        return self._envelope(choices, chunk=False) | {"usage": self._usage()}
+        return self._envelope(choices, chunk=False) | {"usage": self._usage()} | self._moderation
 
     def frames(self, *, include_usage: bool) -> Iterator[bytes]:
         """The frames of a stream, ``[DONE]`` included."""
@@ -41,9 +47,25 @@ class RefusedAnswer:
         for index in range(self.siblings):
             for choice in self._chunks(index):
                 yield _frame(self._envelope([choice], chunk=True) | usage)
+        if self.moderation is not None:
+            yield _frame(self._envelope([], chunk=True) | usage | self._moderation)
         if include_usage:
             yield _frame(self._envelope([], chunk=True) | {"usage": self._usage()})
         yield DONE
+
+    def error(self) -> tuple[int, dict[str, Any]] | None:
+        """HTTP status and body, for the styles that are errors."""
+        if self.refusal.style == "error":
+            return self.refusal.status, error_body(
+                self.refusal.text, kind="invalid_request_error", code="content_policy_violation"
+            )
+        if self.refusal.style == "azure":
+            return 400, azure_body(self.refusal.text)
+        return None
+
+    @property
+    def _moderation(self) -> dict[str, Any]:
+        return {"moderation": self.moderation} if self.moderation is not None else {}
 
     @property
     def _reason(self) -> str:
@@ -93,6 +115,20 @@ class RefusedAnswer:
             "completion_tokens": 0,
             "total_tokens": self.prompt_tokens,
         }
+
+
+def azure_body(text: str) -> dict[str, Any]:
+    """Azure OpenAI's error for a filtered prompt, whose shape clients of Azure look for.
+
+    Its four categories are there and not filtered: the guard says whether, not of what kind. The finding is
+    the category ``unsafe``.
+    """
+    safe = {"filtered": False, "severity": "safe"}
+    kinds: dict[str, Any] = dict.fromkeys(("hate", "self_harm", "sexual", "violence"), safe)
+    found = {"unsafe": {"filtered": True, "detected": True}}
+    inner = {"code": "ResponsibleAIPolicyViolation", "content_filter_result": kinds | found}
+    error = error_body(text, kind="invalid_request_error", code="content_filter", param="prompt")["error"]
+    return {"error": error | {"status": 400, "innererror": inner}}
 
 
 def _chat_chunk(index: int, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, HttpUrl, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, HttpUrl, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.errors import ConfigError
 
 PREFIX = "NEURONGUARD_"
+
+
+def _several(value: object) -> object:
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)):
+        return (parts,)
+    urls = tuple(part.strip() if isinstance(part, str) else part for part in parts)
+    if len(set(map(str, urls))) != len(urls):
+        raise ValueError("the same address is given twice")
+    return urls
 
 
 class Settings(BaseSettings):
@@ -19,23 +29,38 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
 
-    engine_url: HttpUrl = HttpUrl("http://127.0.0.1:8001")
-    """Where the guarded vLLM listens; without a path."""
+    engine_url: Annotated[tuple[HttpUrl, ...], NoDecode, BeforeValidator(_several), Field(min_length=1)] = (
+        HttpUrl("http://127.0.0.1:8001"),
+    )
+    """Where the guarded vLLM listens, without a path; several with commas between."""
     key_file: Path
     """The key ring shared with the engine (``guard.sealed.Keyring``)."""
     policy_file: Path | None = None
     """Policies and API keys. Without one: refuse at the engine's default decision, no API keys."""
+    policy_interval: float = Field(default=5.0, ge=0)
+    """Between two looks at whether the policy file has changed; 0: only on SIGHUP and when asked to."""
     host: str = "127.0.0.1"
     """Address to bind. Anything but loopback needs API keys in the policy file."""
     port: int = Field(default=8000, ge=0, le=65535)
     metrics_port: int | None = Field(default=None, ge=1, le=65535)
     """Serve ``/metrics`` on this port and no longer on the public one."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
+    audit_file: Path | None = None
+    """Where the audit log goes; without one to stdout."""
+    audit_max_bytes: int = Field(default=100 << 20, ge=0)
+    """Size at which the audit file is rotated; 0: never."""
+    audit_keep: int = Field(default=10, ge=1, le=10_000)
+    """Rotated audit files that are kept: ``audit_file`` with ``.1`` (the newest) and so on."""
     audit_scores: bool = False
-    """Write P(unsafe) into the audit log."""
+    """Write P(unsafe) into the audit log, and into traces."""
+    audit_prompt_key_file: Path | None = None
+    """File with a secret of at least 32 bytes: write the prompt's HMAC under it into the audit log."""
+    otlp_endpoint: HttpUrl | None = None
+    """Where spans are sent by OTLP over HTTP, path included; needs ``neuronguard[otlp]``."""
 
     connect_timeout: float = Field(default=5.0, gt=0)
-    """To reach the engine, each of up to three times, and to get one of ``max_connections``."""
+    """To reach the engine, each of up to three times."""
     verdict_timeout: float = Field(default=60.0, gt=0)
     """From sending a streamed or check-only request to its verdict: queueing and prefill."""
     answer_timeout: float = Field(default=1800.0, gt=0)
@@ -50,15 +75,27 @@ class Settings(BaseSettings):
     """For the engine to answer a status request."""
     status_interval: float = Field(default=2.0, gt=0)
     """Between two status requests while the engine is ready."""
+    breaker_failures: int = Field(default=5, ge=1)
+    """Failures in a row after which an engine gets no requests for a while."""
+    breaker_pause: float = Field(default=2.0, gt=0)
+    """How long at first; twice as long each time that a trial fails, up to a minute."""
+    affinity: bool = False
+    """Send requests of one conversation to one engine, for its prefix cache."""
     directive_lifetime: float = Field(default=30.0, gt=0, le=600)
     """How long a directive may travel before the engine's API server refuses it."""
     shutdown_timeout: int = Field(default=30, ge=0)
     """How long running answers may go on after a stop signal."""
+    drain_delay: float = Field(default=0.0, ge=0)
+    """How long to go on accepting requests after a stop signal, while ``/readyz`` says 503 already."""
 
     max_connections: int = Field(default=1024, ge=1)
-    """Requests at the engine at one time; more wait up to ``connect_timeout``, then get a 503."""
+    """Requests at the engine at one time; more get a 503 at once."""
     max_body_bytes: int = Field(default=1 << 20, ge=1)
     max_json_depth: int = Field(default=64, ge=1, le=256)
+    max_messages: int = Field(default=2048, ge=1)
+    """Messages of one conversation."""
+    max_prompt_chars: int = Field(default=1 << 20, ge=1)
+    """Characters (or token ids) of all prompts of one request."""
     max_answer_bytes: int = Field(default=64 << 20, ge=1)
     """Of an answer that is not streamed, and of one frame of a stream."""
     max_siblings: int = Field(default=128, ge=1, le=1024)
@@ -76,9 +113,9 @@ class Settings(BaseSettings):
             return False
 
     @property
-    def engine_base(self) -> str:
-        """The engine's URL without a trailing slash."""
-        return str(self.engine_url).rstrip("/")
+    def engines(self) -> tuple[str, ...]:
+        """The engines' URLs without a trailing slash."""
+        return tuple(str(url).rstrip("/") for url in self.engine_url)
 
 
 def load_settings() -> Settings:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from service.errors import error_body
@@ -64,6 +64,8 @@ class AnswerWatch:
     """The engine itself sent an error frame."""
     completion_tokens: int | None = None
     """From the usage frame, when the client asked for one."""
+    head: dict[str, Any] = field(default_factory=dict)
+    """What all chunks of this stream have in common."""
 
     def look(self, frame: bytes) -> None:
         """Note what one frame says. Raises StreamError when its data is not a JSON object."""
@@ -76,9 +78,16 @@ class AnswerWatch:
         value = parse_json_object(payload)
         if value is None:
             raise StreamError("a frame of the stream is not a JSON object")
+        if not self.head:
+            self.head = {name: value.get(name) for name in ("id", "object", "created", "model")}
         if value.get("error") is not None:
             self.failed = True
         self.completion_tokens = completion_tokens(value) or self.completion_tokens
+
+    def chunk(self, members: dict[str, Any]) -> bytes:
+        """A frame of the gateway's own that fits into this stream."""
+        value = self.head | {"choices": []} | members
+        return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
 
 
 def data_of(frame: bytes) -> bytes | None:

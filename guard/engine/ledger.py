@@ -18,7 +18,7 @@ from guard.engine.selftest import Expected, Key, SelfTestRun
 from guard.sealed import Keyring
 from guard.verdict import Action, Decision, Directive, DirectiveError, Rule, RuleAction, Verdict
 
-STOPPING: frozenset[Action] = frozenset({"refuse", "checked", "error"})
+STOPPING: frozenset[Action] = frozenset({"refuse", "escalate", "checked", "error"})
 """Actions after which a request shows no token."""
 
 

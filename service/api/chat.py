@@ -3,7 +3,6 @@
 from fastapi import APIRouter, Request, Response
 
 from service.chat_body import ChatBody
-from service.fields import validate
 from service.gateway import begin
 from service.generate import generate
 from service.openapi import takes
@@ -14,5 +13,5 @@ router = APIRouter()
 @router.post("/v1/chat/completions", openapi_extra=takes(ChatBody))
 async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation, or refuse to."""
-    call = await begin(request)
-    return await generate(call, validate(ChatBody, call.body), "chat")
+    arrival = await begin(request, "chat")
+    return await generate(arrival, arrival.validate(ChatBody), "chat")

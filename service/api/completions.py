@@ -3,7 +3,6 @@
 from fastapi import APIRouter, Request, Response
 
 from service.completion_body import CompletionBody
-from service.fields import validate
 from service.gateway import begin
 from service.generate import generate
 from service.openapi import takes
@@ -14,5 +13,5 @@ router = APIRouter()
 @router.post("/v1/completions", openapi_extra=takes(CompletionBody))
 async def create_completion(request: Request) -> Response:
     """Continue a text, or refuse to."""
-    call = await begin(request)
-    return await generate(call, validate(CompletionBody, call.body), "text")
+    arrival = await begin(request, "chat")
+    return await generate(arrival, arrival.validate(CompletionBody), "text")

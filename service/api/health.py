@@ -20,11 +20,17 @@ async def healthz() -> dict[str, str]:
 
 @router.get("/readyz")
 async def readyz(request: Request) -> Response:
-    """The engine is up, its guard passed the self-test, and every policy makes sense with its bundle."""
-    engine = gateway_of(request).engine
-    if engine.ready is None:
-        return JSONResponse({"status": "not ready", "detail": engine.why}, 503, headers=RETRY_AFTER)
-    return JSONResponse({"status": "ready"})
+    """An engine is up, its guard passed the self-test, and every policy makes sense with its bundle.
+
+    With several engines, ``detail`` says what is wrong with those that are not ready.
+    """
+    gateway = gateway_of(request)
+    detail = {"detail": gateway.pool.why} if gateway.pool.why else {}
+    if gateway.draining.is_set():
+        return JSONResponse({"status": "not ready", "detail": "the gateway is stopping"}, 503)
+    if not gateway.pool.ready:
+        return JSONResponse({"status": "not ready"} | detail, 503, headers=RETRY_AFTER)
+    return JSONResponse({"status": "ready"} | detail)
 
 
 @metrics_router.get("/metrics")

@@ -6,8 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from guard.verdict import EngineStatus
-from service.errors import unknown_model
-from service.gateway import admit
+from service.gateway import admit, gateway_of
 
 router = APIRouter()
 _STARTED = int(time.time())
@@ -16,17 +15,17 @@ _STARTED = int(time.time())
 @router.get("/v1/models")
 async def list_models(request: Request) -> dict[str, Any]:
     """List the served model and its adapters."""
-    _, engine, _ = admit(request)
-    return {"object": "list", "data": [_card(engine.status, name) for name in engine.status.names]}
+    admit(request, "chat", "checks")
+    pool = gateway_of(request).pool
+    pool.require()
+    return {"object": "list", "data": [_card(status, name) for name, status in pool.models.items()]}
 
 
 @router.get("/v1/models/{model_id:path}")
 async def retrieve_model(request: Request, model_id: str) -> dict[str, Any]:
     """Describe the served model or an adapter."""
-    _, engine, _ = admit(request)
-    if model_id not in engine.status.names:
-        raise unknown_model(model_id)
-    return _card(engine.status, model_id)
+    admit(request, "chat", "checks")
+    return _card(gateway_of(request).pool.serving(model_id).engine.status, model_id)
 
 
 def _card(status: EngineStatus, name: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from compose_spec import PyCompose
 from guard.healthcheck import main as healthcheck
 from guard.sealed import Keyring
 from service import first_start
-from service.policy import load_policies
+from service.policy_file import load_policies
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = {"gateway", "grafana"}

@@ -20,6 +20,7 @@ REFUSE = Decision(policy="test", rules=(Rule(above=0.5, action="refuse"),))
 OBSERVE = REFUSE.model_copy(update={"mode": "observe"})
 CHECK = REFUSE.model_copy(update={"mode": "check"})
 PASS = Decision(policy="test", rules=())
+ESCALATE = Decision(policy="test", rules=(Rule(above=0.5, action="escalate"),))
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +129,7 @@ def test_passed_requests_answer_as_plain_vllm_does(llm, tiny_model, tmp_path, se
 
 def test_mixed_actions_in_one_batch_each_get_their_own(llm, expected, seal):
     prompts = clear_of_the_threshold(world.prompts(96, seed=11), expected)
-    decisions = [(REFUSE, OBSERVE, CHECK, PASS)[i % 4] for i in range(len(prompts))]
+    decisions = [(REFUSE, OBSERVE, CHECK, PASS, ESCALATE)[i % 5] for i in range(len(prompts))]
     alone = ask(llm, prompts, sampling(seal(PASS)))
     params = [sampling(seal(decision)) for decision in decisions]
     answers = ask(llm, prompts, params)
@@ -138,8 +139,9 @@ def test_mixed_actions_in_one_batch_each_get_their_own(llm, expected, seal):
         assert got.verdict.mode == decision.mode
         if decision is CHECK:
             assert (got.verdict.action, got.tokens) == ("checked", [])
-        elif decision is REFUSE and logit > 0:
-            assert (got.verdict.action, got.tokens, got.finish_reason) == ("refuse", [], "stop")
+        elif decision in (REFUSE, ESCALATE) and logit > 0:
+            action = decision.rules[0].action
+            assert (got.verdict.action, got.tokens, got.finish_reason) == (action, [], "stop")
         else:
             assert (got.verdict.action, got.tokens) == ("pass", solo.tokens)
 

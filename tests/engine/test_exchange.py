@@ -50,6 +50,15 @@ def test_one_stopped_sibling_binds_all_at_once(action):
     assert made.binding.action == action
 
 
+def test_escalation_waits_for_siblings_that_may_be_worse():
+    for last, bound in (("pass", "escalate"), ("refuse", "refuse")):
+        made = exchange(2)
+        made.record("r0", verdict("escalate", 0.6))
+        assert made.binding is None
+        made.record("r1", verdict(last, 0.2 if last == "pass" else 0.9))
+        assert made.binding.action == bound
+
+
 def test_prompt_tokens_count_each_prompt_once():
     made = exchange(2)
     made.register("r1", prompt_id="q", prompt_tokens=4)

@@ -155,7 +155,7 @@ async def test_passed_answer_goes_out_under_its_verdict(stream):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("action", ["refuse", "checked", "error"])
+@pytest.mark.parametrize("action", ["refuse", "escalate", "checked", "error"])
 async def test_stopped_answer_holds_nothing_of_the_model(action, stream):
     server = Server([action], stream=stream)
     call = await Call(server).run()

@@ -3,9 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from service.auth import Caller, authenticate
+from service.auth import authenticate
 from service.errors import ApiError
-from service.policy import Policies, Policy
+from service.policy import Policy
+from service.policy_file import Policies
 from tests.service.world import CHAT, world
 
 KEY = "sk-acme-1"
@@ -24,23 +25,32 @@ def policies() -> Policies:
 
 
 def test_a_key_leads_to_its_tenant_and_policy() -> None:
-    assert authenticate(policies(), f"Bearer {KEY}") == Caller("acme", "strict")
-    assert authenticate(policies(), f"bearer  {KEY} ") == Caller("acme", "strict")
+    for name, value in (
+        ("authorization", f"Bearer {KEY}"),
+        ("authorization", f"bearer  {KEY} "),
+        ("x-api-key", KEY),
+        ("api-key", KEY),
+    ):
+        found = authenticate(policies(), {name: value})
+        assert found is not None
+        assert (found.tenant, policies().policy_for(found, "any")) == ("acme", "strict")
 
 
 @pytest.mark.parametrize(
-    "header", [None, "", "Bearer", "Bearer ", KEY, f"Basic {KEY}", f"Bearer {KEY}x", "Bearer \udcff"]
+    "header", ["", "Bearer", "Bearer ", KEY, f"Basic {KEY}", f"Bearer {KEY}x", "Bearer \udcff"]
 )
-def test_anything_else_is_a_401(header: str | None) -> None:
+def test_anything_else_is_a_401(header: str) -> None:
     with pytest.raises(ApiError) as caught:
-        authenticate(policies(), header)
+        authenticate(policies(), {"authorization": header})
     assert caught.value.status == 401
     assert caught.value.code == "invalid_api_key"
     assert KEY not in caught.value.message
 
 
 def test_without_keys_everybody_gets_the_default_policy() -> None:
-    assert authenticate(Policies(policies={"default": Policy()}), None) == Caller(None, "default")
+    open_to_all = Policies(policies={"default": Policy()})
+    assert authenticate(open_to_all, {}) is None
+    assert open_to_all.policy_for(None, "any") == "default"
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,8 @@ from guard.sealed import Keyring
 from guard.verdict import STATUS_SEAL_HEADER, EngineStatus
 from service.backend import Backend, BackendError, BrokenError, UnreachableError
 from service.engine import EngineWatch
-from service.errors import ApiError
 from service.metrics import Metrics
-from service.policy import load_policies
+from service.policy_store import PolicyStore
 from service.settings import Settings
 from tests.service.world import BAD_CHAT, CHAT, MODEL, World, a_status, eventually, world
 
@@ -21,7 +20,7 @@ KEYS = Keyring.generate()
 
 
 async def until_ready(w: World, ready: bool) -> None:
-    await eventually(lambda: (w.app.state.gateway.engine.ready is not None) == ready)
+    await eventually(lambda: (w.watch.ready is not None) == ready)
 
 
 async def test_ready_only_after_the_self_test(tmp_path: Path) -> None:
@@ -47,7 +46,7 @@ async def test_a_new_bundle_moves_the_thresholds(tmp_path: Path) -> None:
         ] == "refuse"
         stricter = a_status().thresholds[1].model_copy(update={"probability": 0.99})
         w.engine.status = a_status(bundle="c" * 64, thresholds=(stricter,))
-        watch = w.app.state.gateway.engine
+        watch = w.watch
         await eventually(lambda: watch.ready is not None and watch.ready.status.bundle == "c" * 64)
         assert (await w.client.post("/v1/chat/completions", json=BAD_CHAT)).headers[
             "x-guard-action"
@@ -64,7 +63,7 @@ async def test_a_bundle_that_is_not_listed_keeps_the_gateway_closed(tmp_path: Pa
         w.engine.status = a_status(bundle="c" * 64)
         await until_ready(w, False)
         assert w.total("guard_bundle_mismatch") == 1
-        assert "not under bundles" in w.app.state.gateway.engine.why
+        assert "not under bundles" in w.watch.why
         assert (await w.client.post("/v1/chat/completions", json=CHAT)).status_code == 503
         w.engine.status = a_status(bundle="d" * 64)
         await until_ready(w, True)
@@ -74,7 +73,7 @@ async def test_a_bundle_that_is_not_listed_keeps_the_gateway_closed(tmp_path: Pa
 async def test_a_policy_that_the_bundle_cannot_meet_keeps_the_gateway_closed(tmp_path: Path) -> None:
     text = "policies: {default: {rules: [{above: {fpr: 0.5}, action: refuse}]}}"
     async with world(tmp_path, text, ready=False) as w:
-        await eventually(lambda: "fpr" in w.app.state.gateway.engine.why)
+        await eventually(lambda: "fpr" in w.watch.why)
         assert (await w.client.get("/readyz")).status_code == 503
         assert (await w.client.post("/v1/chat/completions", json=CHAT)).status_code == 503
 
@@ -84,7 +83,7 @@ async def test_another_audience_is_picked_up_at_once(tmp_path: Path) -> None:
         w.engine.status = a_status(audience="engine-b")
         refused = await w.client.post("/v1/chat/completions", json=CHAT)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "guard_directive_refused")
-        watch = w.app.state.gateway.engine
+        watch = w.watch
         await eventually(lambda: watch.ready.status.audience == "engine-b")
         assert (await w.client.post("/v1/chat/completions", json=CHAT)).status_code == 200
 
@@ -93,6 +92,7 @@ class ScriptedBackend:
     """A backend whose status is a list of what happens."""
 
     name = "engine"
+    outstanding = 0
 
     def __init__(self, *script: EngineStatus | BackendError) -> None:
         self.script = list(script)
@@ -106,7 +106,9 @@ class ScriptedBackend:
 
 def watching(*script: EngineStatus | BackendError) -> EngineWatch:
     backend: object = ScriptedBackend(*script)
-    return EngineWatch(backend, load_policies(None), Metrics(CollectorRegistry()), 1.0)  # type: ignore[arg-type]
+    metrics = Metrics(CollectorRegistry())
+    store = PolicyStore(None, metrics, needs_keys=False)
+    return EngineWatch(backend, store, metrics, Settings(key_file=Path("k")))  # type: ignore[arg-type]
 
 
 async def test_one_missed_status_is_forgiven_three_are_not() -> None:
@@ -117,9 +119,6 @@ async def test_one_missed_status_is_forgiven_three_are_not() -> None:
         await watch.poll()
         ready.append(watch.ready is not None)
     assert ready == [False, True, True, True, True, True, True, False]
-    with pytest.raises(ApiError) as caught:
-        watch.require()
-    assert caught.value.status == 503
 
 
 async def test_an_engine_that_gives_verdicts_is_not_taken_for_dead() -> None:
@@ -200,7 +199,7 @@ async def test_a_status_of_somebody_else_is_not_believed(seal: str | None) -> No
 async def ask_status(code: int, content: bytes, seal: str | None) -> EngineStatus:
     headers = {} if seal is None else {STATUS_SEAL_HEADER: seal}
     transport = httpx.MockTransport(lambda request: httpx.Response(code, content=content, headers=headers))
-    backend = Backend(Settings(key_file=Path("k")), KEYS, transport)
+    backend = Backend("http://engine", Settings(key_file=Path("k")), KEYS, transport)
     try:
         return await backend.status()
     finally:

@@ -393,7 +393,7 @@ async def test_a_bug_is_a_500_that_says_nothing(
         raise KeyError(SECRET)
 
     async with world(tmp_path) as w:
-        monkeypatch.setattr("service.api.chat.validate", broken)
+        monkeypatch.setattr("service.gateway.validate", broken)
         response = await w.client.post(CHATS, json=CHAT)
         assert (response.status_code, error_of(response)["code"]) == (500, "internal_error")
         assert SECRET not in response.text + caplog.text
@@ -403,7 +403,7 @@ async def test_a_bug_is_a_500_that_says_nothing(
 
 async def lose(w: World, **changes: Any) -> None:
     w.engine.status = a_status(**changes)
-    await eventually(lambda: w.app.state.gateway.engine.ready is None)
+    await eventually(lambda: w.watch.ready is None)
 
 
 async def test_an_engine_that_is_not_ready_is_a_503(tmp_path: Path) -> None:

@@ -193,15 +193,21 @@ async def test_a_client_that_does_not_read_is_dropped(tmp_path: Path) -> None:
             await eventually(lambda: gate.registry.get_sample_value("guard_inflight_requests") == 0)
 
 
-def test_no_connection_left_is_a_503(tmp_path: Path) -> None:
-    with live(tmp_path, max_connections=1, connect_timeout=0.1) as gate:
+def test_a_request_too_many_is_a_503_at_once(tmp_path: Path) -> None:
+    with live(tmp_path, max_connections=1, connect_timeout=5.0) as gate:
         gate.engine.stream = [chunk("one"), 3.0]
         with httpx.stream("POST", gate.url + CHATS, json=STREAM) as first:
             assert first.status_code == 200
+            started = time.perf_counter()
             second = httpx.post(gate.url + CHATS, json=CHAT)
+            assert time.perf_counter() - started < 2.9  # it does not wait for the first
             assert second.status_code == 503
-            assert second.json()["error"]["code"] == "engine_unreachable"
+            assert second.json()["error"]["code"] == "gateway_saturated"
+            assert "retry-after" in second.headers
+            assert gate.registry.get_sample_value("guard_rejections_total", {"reason": "saturated"}) == 1
             assert httpx.get(gate.url + "/readyz").status_code == 200
+        gate.engine.stream = None
+        assert httpx.post(gate.url + CHATS, json=CHAT).status_code == 200
 
 
 async def test_an_engine_that_goes_and_comes_back(tmp_path: Path) -> None:
@@ -259,12 +265,13 @@ async def test_a_connection_refused_for_a_moment_is_tried_again(tmp_path: Path) 
 
 async def test_backend_down_without_sockets_is_the_same_error(tmp_path: Path) -> None:
     """The seam: a transport that cannot connect."""
-    async with world(tmp_path) as w:
+    async with world(tmp_path, max_connections=1) as w:
 
         def refuse(request: httpx.Request) -> httpx.Response:
             raise httpx.ConnectError("no", request=request)
 
-        w.app.state.gateway.backend._requests._transport = httpx.MockTransport(refuse)
-        response = await w.client.post(CHATS, json=CHAT)
-        assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_unreachable")
-        assert w.metric("guard_errors_total", stage="backend", outcome="closed") == 1
+        w.watch.backend._requests._transport = httpx.MockTransport(refuse)
+        for _ in range(2):  # what failed no longer counts as being at the engine
+            response = await w.client.post(CHATS, json=CHAT)
+            assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_unreachable")
+        assert w.metric("guard_errors_total", stage="backend", outcome="closed") == 2

@@ -28,6 +28,11 @@ NAMES = {
     "guard_policy_info",
     "guard_policy_threshold",
     "guard_build_info",
+    "guard_policy_reloads",
+    "guard_judgements",
+    "guard_rejections",
+    "guard_upstream_retries",
+    "guard_judge_seconds",
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 from openai.types import Moderation, ModerationCreateResponse
 from openai.types.moderation import Categories
 
-from service.api.moderations import CATEGORIES
+from service.moderation import CATEGORIES
 from tests.service.world import HARMFUL, MODEL, SECRET, world
 
 ROUTE = "/v1/moderations"

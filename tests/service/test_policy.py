@@ -3,10 +3,12 @@ from pathlib import Path
 import pytest
 
 from guard.verdict import Rule
-from service.policy import PolicyError, bind, load_policies
+from service.policy import PolicyError
+from service.policy_file import bind, load_policies
 from tests.service.world import a_status
 
 KEY = "a" * 64
+JUDGES = "{a: {base_url: 'http://judge/v1', model: m}}"
 
 
 def load(folder: Path, text: str):
@@ -45,17 +47,55 @@ WRONG = {
     "key twice": ("policies: {default: {mode: observe, mode: enforce}}", "the key 'mode' is given twice"),
     "patch": (
         "policies: {default: {rules: [{above: 0.5, action: patch}]}}",
-        "action 'patch' is not yet supported",
+        "action 'patch' is not available",
     ),
-    "escalate": (
+    "escalate without a judge": (
         "policies: {default: {rules: [{above: 0.5, action: escalate}]}}",
-        "action 'escalate' is not yet supported",
+        "policies.default.rules.0: 'escalate' needs a judge, and there are 0 under judges",
     ),
-    "azure": ("policies: {default: {refusal: {style: azure}}}", "style 'azure' is not yet supported"),
-    "judges": ("policies: {default: {}}\njudges: {}", "'judges' is not yet supported"),
-    "rate": (
-        f"policies: {{default: {{}}}}\nkeys: [{{sha256: {KEY}, tenant: a, requests_per_minute: 6}}]",
-        "'requests_per_minute' in keys is not yet supported",
+    "unknown judge": (
+        f"policies: {{default: {{rules: [{{above: 0.5, action: escalate, judge: b}}]}}}}\njudges: {JUDGES}",
+        "policies.default.rules.0.judge: 'b' is not under judges",
+    ),
+    "judge of another action": (
+        f"policies: {{default: {{rules: [{{above: 0.5, action: tag, judge: a}}]}}}}\njudges: {JUDGES}",
+        "only a rule with the action 'escalate' has a judge",
+    ),
+    "judge without address": (
+        "policies: {default: {}}\njudges: {a: {base_url: judge, model: m}}",
+        "base_url",
+    ),
+    "judge without end": (
+        "policies: {default: {}}\njudges: {a: {base_url: 'http://j', model: m, timeout_s: 0}}",
+        "judges.a.timeout_s",
+    ),
+    "assignment to nobody": (
+        "policies: {default: {}}\nassign: [{tenant: a, policy: default}]",
+        "assign.0.tenant: no key has the tenant 'a'",
+    ),
+    "assignment to no policy": (
+        "policies: {default: {}}\nassign: [{model: m, policy: gone}]",
+        "assign.0.policy: it names 'gone'",
+    ),
+    "dead assignment": (
+        "policies: {default: {}}\nassign: [{policy: default}, {model: m, policy: default}]",
+        "assign.1: it can never match, because assign.0 covers it",
+    ),
+    "unknown right": (
+        f"policies: {{default: {{}}}}\nkeys: [{{sha256: {KEY}, tenant: a, rights: [root]}}]",
+        "keys.0.rights.0",
+    ),
+    "unknown style": (
+        "policies: {default: {refusal: {style: silent}}}",
+        "policies.default.refusal.style",
+    ),
+    "status of what is no error": (
+        "policies: {default: {refusal: {status: 400}}}",
+        "policies.default.refusal.status: only the style 'error'",
+    ),
+    "no requests at all": (
+        f"policies: {{default: {{}}}}\nkeys: [{{sha256: {KEY}, tenant: a, requests_per_minute: 0}}]",
+        "keys.0.requests_per_minute",
     ),
     "above one": ("policies: {default: {rules: [{above: 1.5, action: refuse}]}}", "rules.0.above"),
     "nan": ("policies: {default: {rules: [{above: .nan, action: refuse}]}}", "rules.0.above"),
@@ -101,6 +141,49 @@ def test_a_wrong_file_is_refused_with_file_and_field(name: str, tmp_path: Path) 
     assert "\n" not in message
 
 
+TWO_RULES = """policies:
+  default:
+    rules:
+      - {above: %s, action: tag}
+      - {above: %s, action: refuse}
+"""
+LINES = {
+    "policies:\n  default:\n    mode: enforce\n    mood: good\n": 4,
+    TWO_RULES % (0.9, 1.5): 5,
+    TWO_RULES % (0.4, 0.6): 5,
+    "policies:\n  default: {}\nkeys:\n  - sha256: short\n    tenant: a": 4,
+    "policies:\n  default: {}\nassign:\n  - policy: default\n  - model: m\n    policy: default\n": 5,
+}
+
+
+@pytest.mark.parametrize("text", LINES)
+def test_a_wrong_file_is_refused_with_the_line(text: str, tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match=rf"policy\.yaml, line {LINES[text]}: "):
+        load(tmp_path, text)
+
+
+ASSIGNED = f"""
+policies: {{default: {{}}, strict: {{}}, lax: {{}}, own: {{}}}}
+assign:
+  - {{tenant: acme, model: m1, policy: strict}}
+  - {{model: m1, policy: lax}}
+  - {{tenant: acme, policy: own}}
+keys:
+  - {{sha256: {KEY}, tenant: acme}}
+  - {{sha256: {"b" * 64}, tenant: other}}
+  - {{sha256: {"c" * 64}, tenant: acme, policy: own}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("key", "model", "policy"),
+    [(0, "m1", "strict"), (0, "m2", "own"), (1, "m1", "lax"), (1, "m2", "default"), (2, "m1", "own")],
+)
+def test_key_tenant_and_model_choose_the_policy(key: int, model: str, policy: str, tmp_path: Path) -> None:
+    policies = load(tmp_path, ASSIGNED)
+    assert policies.policy_for(policies.keys[key], model) == policy
+
+
 def test_a_wrong_key_is_not_quoted(tmp_path: Path) -> None:
     with pytest.raises(PolicyError) as caught:
         load(tmp_path, "policies: {default: {}}\nkeys: [{sha256: sk-secret, tenant: a}]")
@@ -117,7 +200,9 @@ def test_a_rule_that_the_bundle_makes_dead_is_an_error(tmp_path: Path) -> None:
         tmp_path,
         "policies: {default: {rules: [{above: 0.4, action: tag}, {above: {fpr: 0.001}, action: refuse}]}}",
     )
-    with pytest.raises(PolicyError, match="rule 2 can never match"):
+    with pytest.raises(
+        PolicyError, match=r"line 1: policies.default.rules.1.above: .*rule 2 can never match"
+    ):
         bind(policies, a_status())
 
 

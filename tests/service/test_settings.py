@@ -15,8 +15,13 @@ def test_values_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("NEURONGUARD_ENGINE_URL", "http://10.0.0.1:9/")
     monkeypatch.setenv("NEURONGUARD_PORT", "81")
     settings = load_settings()
-    assert settings.engine_base == "http://10.0.0.1:9"
+    assert settings.engines == ("http://10.0.0.1:9",)
     assert (settings.port, settings.key_file) == (81, Path("keys"))
+
+
+def test_several_engines_have_commas_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEURONGUARD_ENGINE_URL", "http://a:1, http://b:2/")
+    assert load_settings().engines == ("http://a:1", "http://b:2")
 
 
 @pytest.mark.parametrize(
@@ -24,6 +29,8 @@ def test_values_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
     [
         ("NEURONGUARD_PORT", "many"),
         ("NEURONGUARD_ENGINE_URL", "engine"),
+        ("NEURONGUARD_ENGINE_URL", ""),
+        ("NEURONGUARD_ENGINE_URL", "http://a,http://a"),
         ("NEURONGUARD_IDLE_TIMEOUT", "0"),
         ("NEURONGUARD_MAX_SIBLINGS", "5000"),
     ],

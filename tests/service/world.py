@@ -38,6 +38,7 @@ from guard.verdict import (
     Verdict,
 )
 from service.app import create_app
+from service.engine import EngineWatch
 from service.settings import Settings
 
 MODEL = "lab/tiny"
@@ -113,6 +114,7 @@ class FakeEngine:
         self.answer: bytes | None = None
         self.media_type: bytes | None = None
         self.before_headers = 0.0
+        self.score: float | None = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -164,7 +166,7 @@ class FakeEngine:
 
     def judge(self, body: dict[str, Any], directive: Directive) -> Verdict:
         prompt = json.dumps(body.get("messages") or body.get("prompt"))
-        probability = 0.97 if "bomb" in prompt else 0.01
+        probability = self.score if self.score is not None else 0.97 if "bomb" in prompt else 0.01
         decision = directive.decision
         said = decision.decide(probability)
         action: Any = {"enforce": said, "observe": "pass", "check": "checked"}[decision.mode]
@@ -191,7 +193,7 @@ class FakeEngine:
         verdict = self.change(self.judge(body, directive))
         sealed = self.seal(verdict)
         extra = [] if sealed is None else [(VERDICT_HEADER.encode(), sealed.encode())]
-        if verdict.action in ("refuse", "checked", "error") and not self.leak:
+        if verdict.action in ("refuse", "escalate", "checked", "error") and not self.leak:
             await _json(send, 200, {}, extra)
             return
         if body.get("stream") or self.stream is not None:
@@ -273,6 +275,12 @@ class World:
     registry: CollectorRegistry
     app: FastAPI
 
+    @property
+    def watch(self) -> EngineWatch:
+        """The gateway's view of its (first) engine."""
+        watch: EngineWatch = self.app.state.gateway.pool.watches[0]
+        return watch
+
     def metric(self, name: str, **labels: str) -> float:
         return self.registry.get_sample_value(name, labels) or 0.0
 
@@ -302,13 +310,16 @@ async def world(
     *,
     ready: bool = True,
     engine: FakeEngine | None = None,
+    judge: httpx.AsyncBaseTransport | None = None,
+    network: httpx.AsyncBaseTransport | None = None,
     **changes: Any,
 ) -> AsyncIterator[World]:
     engine = engine or FakeEngine()
     registry = CollectorRegistry()
     app = create_app(
         settings_for(engine, folder, policy, **changes),
-        transport=httpx.ASGITransport(engine),
+        transport=network or httpx.ASGITransport(engine),
+        judge_transport=judge,
         registry=registry,
     )
     transport = httpx.ASGITransport(app)
@@ -317,7 +328,7 @@ async def world(
         httpx.AsyncClient(transport=transport, base_url="http://gateway") as client,
     ):
         if ready:
-            await eventually(lambda: app.state.gateway.engine.ready is not None)
+            await eventually(lambda: app.state.gateway.pool.ready)
         yield World(engine, client, registry, app)
 
 
