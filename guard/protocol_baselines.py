@@ -28,10 +28,11 @@ from guard.data import Dataset
 from guard.evaluate import EvaluationError
 from guard.evaluation import Evaluated
 from guard.figures import Document, Scored, ranking
+from guard.leave_out import choose_strength, source_folds
 from guard.mlp_probe import HiddenLayer
 from guard.observe import Observations, Subject
 from guard.paired import differences
-from guard.probe import LINEAR, BoolArray, Family, ProbeError, choose_strength, fit_probe, source_folds
+from guard.probe import LINEAR, BoolArray, Family, ProbeError, fit_probe
 from guard.resample import Bootstrap
 from guard.residual import mean_embeddings, read_residual
 from guard.units import columns_within, random_like, union
