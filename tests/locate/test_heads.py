@@ -258,7 +258,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint.open(worlds.checkpoint(tmp_path_factory.mktemp("model"), worlds.model()))
 
 
-@pytest.mark.parametrize("template", ["chat", "query", "bare"])
+@pytest.mark.parametrize("template", ["chat", "query", "tulu", "none"])
 def test_run_gives_a_set_of_heads_with_its_origin(
     tmp_path: Path, checkpoint: Checkpoint, template: Any
 ) -> None:
@@ -273,7 +273,12 @@ def test_run_gives_a_set_of_heads_with_its_origin(
     assert loaded.provenance.options["count"] == 2
     assert (len(loaded.provenance.template) == 64) == (template == "chat")
     tokenizer = checkpoint.load_tokenizer()
-    texts = {"query": "## Query:{}\n## Answer:", "bare": "{}", "chat": "<|user|>{}<|end|><|assistant|>"}
+    texts = {
+        "query": "## Query:{}\n## Answer:",
+        "tulu": "<|user|>\n{}\n<|assistant|>\n",
+        "none": "{}",
+        "chat": "<|user|>{}<|end|><|assistant|>",
+    }
     harmful = [prompt.text for prompt in dataset.prompts if prompt.label == "harmful"][:4]
     ids = [tuple(tokenizer(texts[template].format(text)).input_ids) for text in harmful]
     expected = locate(checkpoint.load_model(), ids, HeadsOptions(count=2))
