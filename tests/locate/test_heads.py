@@ -214,9 +214,9 @@ def test_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: p
 
 def test_cost_counts_half_a_pass_for_half_the_blocks() -> None:
     cost = locate(random_model(), prompts(10, 10), HeadsOptions(count=1)).cost
-    # Blocks of three: the unablated pass and the one row that records, the base of the sweep, and 4 heads of
-    # each layer from there on; in the last layer only the last token.
-    blocks = 20 * 3 + 10 * 3 + 20 * 3 + 4 * (20 * 3 + 20 * 2 + 2 * 1)
+    # Blocks of three: the unablated pass and the one row that it is held against, and 4 heads of each layer
+    # from there on; in the last layer only the last token.
+    blocks = 20 * 3 + 10 * 3 + 4 * (20 * 3 + 20 * 2 + 2 * 1)
     assert cost["tokens"] == pytest.approx(blocks / 3)
     assert cost["forward_passes"] == pytest.approx(cost["tokens"] / 10)
     assert cost["seconds"] > 0.0
