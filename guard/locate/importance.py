@@ -75,7 +75,7 @@ def locate(
     (mean), ``active`` and ``foundation`` (shares of the harmful and of the general prompts).
     Raises LocateError: no prompt, none that fits, NaN, attention that the closed forms do not describe.
     """
-    if options.foundation and not foundation:
+    if prompts and options.foundation and not foundation:
         raise LocateError(
             "there are no benign prompts to find the units that general text needs; add some, or set "
             "foundation to false"

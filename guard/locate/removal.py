@@ -20,7 +20,7 @@ from guard.locate.change import Text
 from guard.locate.deactivate import deactivated
 from guard.locate.decoding import greedy
 from guard.locate.errors import LocateError
-from guard.locate.sweep import sweep
+from guard.locate.sweep import log_probabilities
 from guard.locate.twins import Twin
 from guard.locate.unit_set import UnitSet
 from guard.prompts import Tokens
@@ -81,6 +81,6 @@ def measure_removal(
 
 
 def likelihood(twin: Twin, texts: Sequence[Text], *, batch_tokens: int = 4096) -> Array:
-    """Mean log-probability of each answer's tokens, in nats, ``[texts]``. Raises LocateError."""
-    total = sweep(twin, twin, [()], texts, batch_tokens=batch_tokens)[0]
+    """Mean log-probability of each answer's tokens, in nats, ``[texts]``."""
+    total = log_probabilities(twin, texts, batch_tokens=batch_tokens)
     return np.asarray(total / [len(answer) for _, answer in texts], dtype=np.float64)

@@ -81,6 +81,8 @@ def removed(study: Study, pair: Pair, name: str) -> dict[str, Any]:
     whole = likelihood(donor, texts)
     damage: dict[str, Array] = {}
     for which, taken in {SELECTED: found, **made}.items():
+        if which.startswith("window"):
+            continue
         with without(donor.model, taken, heads=how):
             damage[which] = whole - likelihood(donor, texts)
     randoms = [values for which, values in damage.items() if which.startswith("random")]
@@ -137,7 +139,6 @@ CHECKS: dict[str, tuple[Callable[[Study, Pair, str], dict[str, Any]], tuple[str,
             "importance, best neurons",
             "heads",
             "capacity",
-            "capacity, best neurons",
         ),
     ),
 }

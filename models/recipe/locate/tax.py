@@ -17,7 +17,7 @@ from guard.locate.change import Text
 from guard.locate.compare import compare
 from guard.locate.controls import random_like
 from guard.locate.patching import units_of
-from guard.locate.sweep import sweep
+from guard.locate.sweep import log_probabilities, sweep
 from guard.locate.tax import cross_patch
 from guard.locate.twins import Twin
 from guard.locate.unit_set import UnitSet
@@ -116,6 +116,6 @@ def _likelihoods(
     """Log-probability of the sources' answers, nats a token: before, and by how much each patch raises it."""
     lengths = np.array([len(answer) for _, answer in texts])
     found = sweep(recipient, donor, sets, texts, batch_tokens=BATCH) / lengths
-    given = sweep(donor, donor, [()], texts, batch_tokens=BATCH)[0] / lengths
+    given = log_probabilities(donor, texts, batch_tokens=BATCH) / lengths
     changes = {name: interval(row - found[0]) for name, row in zip(names, found[1:], strict=True)}
     return {"before": float(found[0].mean()), "donor": float(given.mean()), "change": changes}
