@@ -178,7 +178,7 @@ def _scored(
     for (kind, layer), seen in moments.items():
         weight = model.get_submodule(module_name(shape.architecture, kind, layer)).weight
         # Squared and summed in float64 even for half-precision weights.
-        norms = weight.double().square().sum(0).cpu()
+        norms = weight.detach().double().square().sum(0).cpu()
         score = (seen.variance().cpu() * norms).numpy()
         name: Component = kind
         if kind == "attention":

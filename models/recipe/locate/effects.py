@@ -136,7 +136,6 @@ CHECKS: dict[str, tuple[Callable[[Study, Pair, str], dict[str, Any]], tuple[str,
         (
             "contrast",
             "importance",
-            "importance, best neurons",
             "heads",
             "capacity",
         ),
