@@ -74,7 +74,16 @@ class Checkpoint:
         return replace(self, adapter=adapter)
 
     def load_model(self, dtype: str = "float32", device: str = "cpu") -> Any:
-        """The model for reading: no gradients, no dropout. Only safetensors files are opened."""
+        """The model for reading: no gradients, no dropout. Only safetensors files are opened.
+
+        ``device`` is a torch device, or ``auto`` to spread the layers over all that there are, which needs
+        the package accelerate. Raises CheckpointError.
+        """
+        spread = device == "auto"
+        if spread and find_spec("accelerate") is None:
+            raise CheckpointError(
+                "spreading a model over devices needs the package accelerate; install it, or name one device"
+            )
         config = AutoConfig.from_pretrained(self.path, local_files_only=True)
         if getattr(config, "attn_logit_softcapping", None) is not None:
             # transformers' default attention leaves soft-capping out without a word; vLLM does not.
@@ -88,11 +97,17 @@ class Checkpoint:
             # Expanded while loading; left alone, they are only when the whole model is called.
             config.quantization_config = {**quantisation, "dequantize": True}
         model = AutoModelForCausalLM.from_pretrained(
-            self.path, config=config, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True
+            self.path,
+            config=config,
+            dtype=DTYPES[dtype],
+            local_files_only=True,
+            use_safetensors=True,
+            device_map="auto" if spread else None,
         )
         if self.adapter is not None:
             merge(model, self.adapter)
-        return model.requires_grad_(False).eval().to(device)
+        model.requires_grad_(False).eval()
+        return model if spread else model.to(device)
 
     def load_tokenizer(self) -> Any:
         """The tokenizer with its chat template. Raises CheckpointError when there is no template."""

@@ -43,7 +43,7 @@ _COMMON_NAMES = {"model", "donor", "data", "out"}
 _DONOR = click.Option(["--donor"], help="The aligned twin of the model, named in the same way.")
 _RUNNING: dict[str, tuple[str, dict[str, Any]]] = {
     "dtype": ("--dtype", {"type": click.Choice(["float32", "bfloat16", "float16", "float64"])}),
-    "device": ("--device", {"help": "A torch device, such as cuda."}),
+    "device": ("--device", {"help": "A torch device, such as cuda, or auto: over all there are."}),
     "batch_tokens": (
         "--batch-tokens",
         {"type": click.IntRange(min=1), "help": "About how many tokens go through the model at a time."},

@@ -91,6 +91,28 @@ def control(directory: Path, out: Path, seed: int, disjoint: bool, window: int |
     click.echo(f"wrote {out}: {len(made)} units")
 
 
+@units.command()
+@click.argument("directory", type=options.PATH)
+@click.option("--model", required=True, help="The base model that the units were found on, or its twin.")
+@click.option("--count", type=click.IntRange(min=1), default=10, show_default=True, help="Neurons to show.")
+@click.option("--top", type=click.IntRange(min=1), default=20, show_default=True, help="Tokens of each.")
+def words(directory: Path, model: str, count: int, top: int) -> None:
+    """Say what the best MLP neurons of a set write: the tokens that each favours, active and below zero."""
+    from guard.locate.errors import LocateError
+    from guard.locate.neuron2word import neuron2word
+    from guard.locate.unit_set import UnitSet
+
+    found, checkpoint = UnitSet.load(directory), options.open_model(model)
+    best = [(unit.layer, unit.unit) for unit in found.ranking() if unit.component == "mlp"][:count]
+    if not best:
+        raise LocateError(f"{directory} ranks no MLP neuron; only these write a direction of their own")
+    tokenizer = checkpoint.load_tokenizer()
+    for each in neuron2word(checkpoint.load_model(), best, top=top):
+        click.echo(f"layer {each.layer}, neuron {each.unit}")
+        for sign, tokens in zip(("+", "-"), each.decoded(tokenizer), strict=True):
+            click.echo(f"  {sign} " + " ".join(repr(token) for token in tokens))
+
+
 def _named(directories: tuple[Path, ...]) -> dict[str, UnitSet]:
     """Sets by the last parts of their paths: as many as tell them apart."""
     from guard.locate.unit_set import UnitSet

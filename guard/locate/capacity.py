@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,8 @@ from guard.locate.capacity_classes import classify, edges, normalised
 from guard.locate.capacity_options import KINDS, CapacityOptions
 from guard.locate.errors import LocateError
 from guard.locate.moments import Moments
-from guard.locate.passes import Cost, Kept, Scores, forward, keep_arrays, tokens_of, unit_set, usable
+from guard.locate.passes import Cost, Kept, forward, usable
+from guard.locate.results import Running, Scores, run_one_model
 from guard.locate.unit_set import BoolArray, Component, Float64Array, UnitSet
 from guard.observe import chunks
 from guard.prompts import Tokens
@@ -178,7 +178,7 @@ def _scored(
     for (kind, layer), seen in moments.items():
         weight = model.get_submodule(module_name(shape.architecture, kind, layer)).weight
         # Squared and summed in float64 even for half-precision weights.
-        norms = weight.double().square().sum(0).cpu()
+        norms = weight.detach().double().square().sum(0).cpu()
         score = (seen.variance().cpu() * norms).numpy()
         name: Component = kind
         if kind == "attention":
@@ -208,23 +208,15 @@ def run(
     Parts of the run are kept in ``cache``; ``statistics`` names a safetensors file for ``Scores.extra``.
     ``seed`` is that of ``CapacityOptions.bootstrap``. Raises LocateError, CheckpointError.
     """
-    tokenizer = checkpoint.load_tokenizer()
-    harmful, benign = tokens_of(tokenizer, dataset)
-    if options.bootstrap:
-        random = np.random.default_rng(seed)
-        harmful, benign = (
-            [prompts[i] for i in random.integers(len(prompts), size=len(prompts))] if prompts else prompts
-            for prompts in (harmful, benign)
-        )
-    found = locate(
-        checkpoint.load_model(dtype, device),
-        harmful,
-        benign,
-        options,
-        batch_tokens=batch_tokens,
-        progress=progress,
-        kept=Kept.of_checkpoint(cache, checkpoint, dtype=dtype, device=device),
-    )
-    if statistics is not None:
-        keep_arrays(statistics, found.extra)
-    return unit_set("capacity", found, asdict(options), checkpoint, dataset, tokenizer, seed)
+
+    def find(model: Any, harmful: list[Tokens], benign: list[Tokens], **settings: Any) -> Scores:
+        if options.bootstrap:
+            random = np.random.default_rng(seed)
+            harmful, benign = (
+                [prompts[i] for i in random.integers(len(prompts), size=len(prompts))] if prompts else prompts
+                for prompts in (harmful, benign)
+            )
+        return locate(model, harmful, benign, options, **settings)
+
+    how = Running(device, dtype, batch_tokens, seed, progress, cache, statistics)
+    return run_one_model("capacity", find, checkpoint, dataset, options, how)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from guard.locate.errors import LocateError
+from guard.locate.templates import Template
 
 Kind = Literal["scu", "ucu", "cu", "ru"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -31,6 +32,8 @@ class CapacityOptions:
     """Tokens whose activations count: all of a prompt, or its last one."""
     bootstrap: bool = False
     """Draw as many prompts with replacement, by the run's seed: sets of several seeds show what is stable."""
+    template: Template = "chat"
+    """``chat``: the model's own; ``query`` and ``tulu``: those of other papers; ``none``: the bare text."""
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -38,6 +41,7 @@ class CapacityOptions:
             ("normalise", ("none", "layer_z", "layer_rank")),
             ("attention_unit", ("head", "channel")),
             ("positions", ("all", "last")),
+            ("template", get_args(Template)),
         ):
             if getattr(self, name) not in allowed:
                 raise LocateError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")

@@ -7,7 +7,7 @@ of an answer, lower is safer. A selection means little without controls: random 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -165,16 +165,24 @@ def measure(
         name: dap_generate(recipient, donor, units, prompts, **settings) for name, units in sets.items()
     }
     costs = {name: np.array(cost(prompts, found), dtype=np.float64) for name, found in answers.items()}
+    counts = {name: sum(len(site.units) for site in units) for name, units in sets.items()}
+    return measured(costs, counts, controls, resamples=resamples, seed=seed)
+
+
+def measured(
+    costs: dict[str, Array],
+    units: Mapping[str, int],
+    controls: Collection[str],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Measured:
+    """Effects out of costs ``[prompts]`` of ``recipient``, ``donor`` and each of the sets in ``units``."""
     effects = {
         name: causal_effect(
-            costs["recipient"],
-            costs["donor"],
-            costs[name],
-            units=sum(len(site.units) for site in units),
-            resamples=resamples,
-            seed=seed,
+            costs["recipient"], costs["donor"], costs[name], units=count, resamples=resamples, seed=seed
         )
-        for name, units in sets.items()
+        for name, count in units.items()
     }
     compared = against(costs[SELECTED], [costs[name] for name in controls]) if controls else None
     return Measured(effects, compared, costs)

@@ -6,30 +6,29 @@ its activations in two twins that read the same text: prompts, and one twin's gr
 
 from __future__ import annotations
 
-import hashlib
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
-import torch
-import transformers
-from safetensors.numpy import save
 from tqdm import tqdm
 
-from guard.cache import Cache, write_whole
+from guard.cache import Cache
 from guard.capture import batches
 from guard.checkpoint import Checkpoint
 from guard.data import Dataset
+from guard.locate import templates
 from guard.locate.change import STATISTICS, Positions, Sums, Text, add_texts, compared, finish
 from guard.locate.decoding import check_prompts, greedy
 from guard.locate.errors import LocateError
 from guard.locate.hooks import Place
+from guard.locate.passes import Cost
+from guard.locate.results import Scores, unit_set, versions
+from guard.locate.templates import Template
 from guard.locate.twins import Twin, check_twins, folded_twins
-from guard.locate.unit_set import BoolArray, Component, Float64Array, Provenance, UnitSet, UnitSetError, top
-from guard.prompts import Tokens, encode
+from guard.locate.unit_set import BoolArray, Component, Float64Array, UnitSet, UnitSetError, top
+from guard.prompts import Tokens
 from guard.sites import shape_of
 
 Source = Literal["recipient", "donor"]
@@ -54,12 +53,16 @@ class ContrastOptions:
     """Share of the candidates to select, by score over all layers together."""
     count: int | None = None
     """Number of units to select, in place of the share."""
+    template: Template = "chat"
+    """``chat``: the model's own; ``tulu``: the paper's; ``query``: another one's; ``none``: the bare text."""
 
     def __post_init__(self) -> None:
         if self.positions not in get_args(Positions):
             raise LocateError(f"positions is {self.positions!r}, expected one of {get_args(Positions)}")
         if self.generate_with not in get_args(Source):
             raise LocateError(f"generate_with is {self.generate_with!r}, expected one of {get_args(Source)}")
+        if self.template not in get_args(Template):
+            raise LocateError(f"template is {self.template!r}, expected one of {get_args(Template)}")
         if not 0.0 < self.fraction <= 1.0:
             raise LocateError(f"fraction is {self.fraction}, expected more than 0 and at most 1")
         for name, least in (("new_tokens", 1), ("exclude_last_n", 0), ("count", 1)):
@@ -73,22 +76,6 @@ class ContrastOptions:
         return self.positions in ("predicting", "completion")
 
 
-class Scores(NamedTuple):
-    """What the method found."""
-
-    scores: dict[Component, Float64Array]
-    """Change scores ``[layers, mlp_width]``; NaN in layers that hold no candidates."""
-    selected: dict[Component, BoolArray]
-    cost: dict[str, float]
-    """``forward_passes`` (rows of text through one model), ``tokens`` compared, ``seconds``, and the
-    ``prompts`` used and left out because they were ``too_long`` or got an ``empty`` answer."""
-    extra: dict[str, Float64Array]
-    """``mean.recipient``, ``std.recipient``, ``mean.donor`` and ``std.donor``, each ``[layers, mlp_width]``,
-    over the same tokens; NaN where there is no site."""
-    completions: tuple[Text, ...] = ()
-    """The texts that were compared: exact token ids of each prompt used, and of its answer."""
-
-
 def locate(
     recipient: Twin,
     donor: Twin,
@@ -100,7 +87,11 @@ def locate(
     identity: Any = None,
     progress: bool = False,
 ) -> Scores:
-    """Change scores of all MLP neurons, and the highest of them selected. Raises LocateError.
+    """Change scores ``mlp`` ``[layers, mlp_width]``, and the highest of them selected. Raises LocateError.
+
+    ``extra`` holds ``mean.recipient``, ``std.recipient``, ``mean.donor`` and ``std.donor`` of the same shape,
+    over the same tokens; NaN where there is no site. ``cost`` also counts tokens ``compared``, and the
+    ``prompts`` used and left out because they were ``too_long`` or got an ``empty`` answer.
 
     ``batch_tokens`` bounds the padded tokens of one forward pass; the recipient's activations of one pass are
     held until the donor's are there: layers × width × compared tokens.
@@ -108,7 +99,7 @@ def locate(
     With a cache, answers and sums are kept for every 32 prompts under ``identity``, a JSON-able document that
     names both models, their dtype and device; an interrupted run resumes there.
     """
-    began, options = time.perf_counter(), options or ContrastOptions()
+    options = options or ContrastOptions()
     check_twins(recipient, donor)
     layers = _candidates(recipient.model, options)
     usable = _usable(recipient.model, prompts, options)
@@ -132,9 +123,8 @@ def locate(
     scores[layers.stop :] = np.nan
     by_component: dict[Component, Float64Array] = {"mlp": scores}
     cost = {
-        "forward_passes": float((3 if options.answers else 2) * len(texts)),
-        "tokens": float(tokens),
-        "seconds": time.perf_counter() - began,
+        **comparison.cost.as_dict(),
+        "compared": float(tokens),
         "prompts": float(len(texts)),
         "too_long": float(len(prompts) - len(usable)),
         "empty": float(len(usable) - len(texts)),
@@ -157,6 +147,7 @@ class Comparison:
     ) -> None:
         self._recipient, self._donor, self._options = recipient, donor, options
         self._batch_tokens, self._kept = batch_tokens, kept
+        self.cost = Cost()
         self._shape = shape_of(recipient.model.config)
         self.layers = range(self._shape.first_mlp_layer, self._shape.layers)
 
@@ -175,6 +166,7 @@ class Comparison:
             return [tuple(int(token) for token in row.split()) for row in found]
         twin = self._recipient if source == "recipient" else self._donor
         answers = greedy(twin, prompts, new_tokens=new_tokens, batch_tokens=self._batch_tokens)
+        self.cost.add([(*prompt, *answer) for prompt, answer in zip(prompts, answers, strict=True)])
         self._kept.cache.keep_texts("contrast", key, [" ".join(map(str, answer)) for answer in answers])
         return answers
 
@@ -191,6 +183,7 @@ class Comparison:
         for group in batches(lengths, tokens=self._batch_tokens):
             batch = [texts[i] for i in group]
             add_texts(sums, self._recipient, self._donor, places, batch, self._options.positions)
+            self.cost.add(2 * [(*prompt, *answer) for prompt, answer in batch])
         array: Any = sums.array(self._shape.layers)
         self._kept.cache.keep_array("contrast", key, array)
         return np.asarray(array, dtype=np.float64)
@@ -258,33 +251,29 @@ def run(
             f"{checkpoint.name} and {donor.name} have different vocabularies; "
             "twins must read the same token ids"
         )
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     identity = {
         "models": [[c.weights_sha256, c.adapter and c.adapter.sha256] for c in (checkpoint, donor)],
         "dtype": dtype,
         "device": device,
-        "versions": versions,
+        "versions": versions(),
     }
     found = locate(
         *folded_twins(checkpoint.load_model(dtype, device), donor.load_model(dtype, device)),
-        [encode(tokenizer, prompt.chat()) for prompt in dataset.prompts],
+        [templates.render(tokenizer, prompt, options.template) for prompt in dataset.prompts],
         options,
         batch_tokens=batch_tokens,
         cache=cache,
         identity=identity,
         progress=progress,
     )
-    if statistics is not None:
-        write_whole(statistics, lambda file: file.write(save(found.extra)))
-    provenance = Provenance(
-        method="contrast",
-        options=asdict(options),
-        model=checkpoint.card(),
-        donor=donor.card(),
-        data=dataset.files,
-        template=hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
+    return unit_set(
+        "contrast",
+        found,
+        options,
+        checkpoint,
+        [dataset],
+        tokenizer,
         seed=seed,
-        versions=versions,
-        cost=found.cost,
+        donor=donor,
+        statistics=statistics,
     )
-    return UnitSet(provenance, found.scores, found.selected)

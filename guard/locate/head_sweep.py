@@ -1,16 +1,16 @@
 """The final states of a model with each of its heads ablated in turn, without a forward pass for each head.
 
 A head of layer l changes nothing below l, and in l only its own slice of the input of ``o_proj``. So the
-unablated model goes through the prompts once, layer by layer; at each layer all heads' variants of its
-attention output are put side by side on the batch axis, and only the blocks from there on are run for them.
-Attention of layer l itself is not computed again, and the last block's MLP runs for the last token alone.
-Prompts are grouped by length: no row is ever padded.
+unablated model goes through the prompts once, layer by layer, and what its layers saw is kept where memory
+allows; at each layer all heads' variants of its attention output are put side by side on the batch axis, and
+only the blocks from there on are run for them. Attention of layer l itself is not computed again, and of the
+last block all that follows attention runs for the last token alone. A group of heads leaves the layers below
+its lowest as they were. Prompts are grouped by length: no row is ever padded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,20 +19,9 @@ from torch import Tensor
 from guard.locate.ablation import Ablation, Head, attention_of, replacements
 from guard.locate.blocks import attention_gives, run_block
 from guard.locate.errors import LocateError
+from guard.locate.head_record import Bucket, recorded
 from guard.prompts import Tokens
 from guard.sites import shape_of
-
-
-@dataclass
-class _Bucket:
-    """Prompts of one length."""
-
-    index: list[int]
-    """Their places in the list of prompts."""
-    entry: Tensor
-    """What the first block gets, ``[rows, tokens, width]``."""
-    arguments: list[dict[str, Any]]
-    """What else each block gets, made for one row and the same for every other."""
 
 
 class _Off(NamedTuple):
@@ -47,27 +36,29 @@ class _Off(NamedTuple):
         return [head for at, head in self.group if at == layer]
 
 
-@dataclass
-class _Base:
+class _Seen(NamedTuple):
     """One block of the unablated model (or of the one with a group ablated) on one bucket."""
 
     block_input: Tensor
     """``[rows, tokens, width]``"""
     outputs: Tensor
-    """Head outputs, ``[rows, tokens, heads, head_dim]``, the group's replaced."""
-    replaced: Tensor
-    """What each head gives when it is ablated, in the same shape."""
+    """Head outputs, ``[rows, tokens, heads, head_dim]``, before any of this layer is replaced."""
+    values: Tensor
+    """``[rows, tokens, kv_heads, head_dim]``"""
 
 
 class HeadSweep:
     """A model, some prompts, and ``vanilla``: the unablated final states at the last prompt token.
 
     ``model`` is a loaded transformers model with eager or sdpa attention, on any devices, ``prompts`` token
-    ids. At most ``batch_tokens`` tokens (one row at least) go through a block at a time.
+    ids. At most ``batch_tokens`` tokens (one row at least) go through a block at a time. What the layers of
+    the unablated model saw is kept if that takes at most ``keep_bytes``, and else computed for every sweep.
     Raises LocateError when the model is none whose blocks can be run one by one, or a prompt does not fit.
     """
 
-    def __init__(self, model: Any, prompts: Sequence[Tokens], *, batch_tokens: int = 8192) -> None:
+    def __init__(
+        self, model: Any, prompts: Sequence[Tokens], *, batch_tokens: int = 8192, keep_bytes: int = 1 << 31
+    ) -> None:
         self.shape = shape_of(model.config)
         self.block_tokens = 0
         """Tokens that entered a block, summed over blocks: the cost so far."""
@@ -78,17 +69,9 @@ class HeadSweep:
         self._blocks = list(model.base_model.layers)[: self.shape.layers]
         self._attention = [attention_of(model, self.shape, layer) for layer in range(self.shape.layers)]
         self._check()
-        self._buckets = []
-        states: list[Tensor] = [torch.empty(0)] * len(prompts)
-        for index in _same_length(prompts, batch_tokens):
-            ids = torch.tensor([prompts[i] for i in index], device=model.device)
-            entry, arguments, final = self._record(ids)
-            if len(index) > 1:
-                _, arguments, _ = self._record(ids[:1])
-            self._buckets.append(_Bucket(index, entry, arguments))
-            for row, place in enumerate(index):
-                states[place] = final[row]
-        self.vanilla = _finite(torch.stack(states), "without any head ablated")
+        self._buckets = recorded(model, self._blocks, prompts, batch_tokens)
+        self._seen: list[list[_Seen]] | None = [] if self._bytes() <= keep_bytes else None
+        self.vanilla = _finite(self._unablated(), "without any head ablated")
         """``[prompts, width]``, after the final norm, in the model's dtype."""
 
     def layers(
@@ -104,19 +87,31 @@ class HeadSweep:
         Row ``h`` is the model without head ``h`` of that layer and without the heads of ``group``.
         Raises LocateError for states that are not finite.
         """
-        off = _Off(kind, epsilon, tuple(group))
-        frontier = [bucket.entry for bucket in self._buckets]
+        off, begin = _Off(kind, epsilon, tuple(group)), self._first_changed(group)
+        frontier = [
+            self._seen[number][begin].block_input
+            if self._seen and begin < self.shape.layers
+            else bucket.entry
+            for number, bucket in enumerate(self._buckets)
+        ]
         for layer in range(self.shape.layers):
             wanted = layer not in skip
             states = self.vanilla.new_empty(self.shape.heads if wanted else 0, *self.vanilla.shape)
             for number, bucket in enumerate(self._buckets):
-                frontier[number], base = self._step(layer, frontier[number], bucket, off)
+                if layer >= begin:
+                    frontier[number], seen = self._step(layer, frontier[number], bucket, off)
+                elif wanted and self._seen:
+                    seen = self._seen[number][layer]
                 if wanted:
-                    self._variants(states, layer, base, bucket, off)
-            if layer + 1 == self.shape.layers and not group:
-                self._same_model(frontier)
+                    self._variants(states, layer, seen, bucket, off)
             if wanted:
                 yield layer, _finite(states, f"with a head of layer {layer} ablated")
+
+    def _first_changed(self, group: Sequence[Head]) -> int:
+        """The layer from which on the model with a group ablated is to be run; below it all is known."""
+        if self._seen is None:
+            return 0
+        return min((head.layer for head in group), default=self.shape.layers)
 
     @torch.inference_mode()
     def logits(self, states: Tensor) -> Tensor:
@@ -142,39 +137,58 @@ class HeadSweep:
         if longest > context:
             raise LocateError(f"a prompt has {longest} tokens, but the model's context holds {context}")
 
+    def _bytes(self) -> int:
+        """Memory that it takes to keep what all layers see."""
+        each = self._buckets[0].entry
+        width = each.shape[-1] + (self.shape.heads + self._kv_heads) * self.shape.head_dim
+        return sum(map(len, self._prompts)) * self.shape.layers * width * each.element_size()
+
     @torch.inference_mode()
-    def _record(self, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]], Tensor]:
-        """What the blocks get in a pass of the model, and its final states at the last token."""
-        inputs: list[Tensor] = []
-        arguments: list[dict[str, Any]] = []
+    def _unablated(self) -> Tensor:
+        """Final states of the unablated model at the last tokens, block by block, as variants are run."""
+        final: list[Tensor] = [torch.empty(0)] * len(self._prompts)
+        nothing = _Off("scaling", 1.0, ())
+        for bucket in self._buckets:
+            hidden, kept = bucket.entry, []
+            for layer in range(self.shape.layers):
+                hidden, seen = self._step(layer, hidden, bucket, nothing)
+                kept.append(seen)
+            if self._seen is not None:
+                self._seen.append(kept)
+            for place, state in zip(bucket.index, self._normed(hidden), strict=True):
+                final[place] = state
+        states = torch.stack([state.to(final[0].device) for state in final])
+        # Rows of the shortest and the longest prompts: windows and masks differ with the length.
+        for place in {self._buckets[0].index[0], self._buckets[-1].index[0]}:
+            self._same_model(place, states)
+        return states
 
-        def hook(_block: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-            inputs.extend(args[:1] if not inputs else ())
-            arguments.append(kwargs)
+    def _normed(self, hidden: Tensor) -> Tensor:
+        """Final states ``[rows, width]`` at the last token of what the last block gave."""
+        final: Tensor = self._model.base_model.norm(hidden[:, -1:])[:, 0]
+        return final
 
-        handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block in self._blocks]
-        try:
-            final = self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -1]
-        finally:
-            for handle in handles:
-                handle.remove()
-        if len(arguments) != len(self._blocks) or not inputs:
-            raise LocateError("the model does not call its decoder blocks once each, in order")
-        self.block_tokens += ids.numel() * len(self._blocks)
-        return inputs[0], arguments, final
+    def _same_model(self, place: int, states: Tensor) -> None:
+        ids = torch.tensor([self._prompts[place]], device=self._model.device)
+        expected = self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
+        self.block_tokens += ids.numel() * self.shape.layers
+        # Not a number is the business of another error.
+        close = torch.isclose(states[place].to(expected), expected, rtol=1e-2, atol=1e-2, equal_nan=True)
+        if not bool(close.all()):
+            raise LocateError("the blocks one by one do not give what the model gives as a whole")
 
     @torch.inference_mode()
     def _step(
         self,
         layer: int,
         block_input: Tensor,
-        bucket: _Bucket,
+        bucket: Bucket,
         off: _Off,
         *,
         last_token: bool = False,
-    ) -> tuple[Tensor, _Base]:
+    ) -> tuple[Tensor, _Seen]:
         """Run one block with the group's heads ablated; also return what its heads gave."""
-        found: list[_Base] = []
+        found: list[_Seen] = []
         values: list[Tensor] = []
         attention, arguments = self._attention[layer], bucket.arguments[layer]
         members = off.members(layer)
@@ -187,12 +201,10 @@ class HeadSweep:
             outputs = _by_head(inputs[0], self.shape.heads)
             value = _by_head(values[0], self._kv_heads)
             self._first_token(layer, outputs, value)
-            mask = arguments.get("attention_mask")
-            changed = replacements(off.kind, outputs, value, mask, epsilon=off.epsilon)
+            found.append(_Seen(block_input, outputs, value))
             if members:
                 outputs = outputs.clone()
-                outputs[:, :, members] = changed[:, :, members]
-            found.append(_Base(block_input, outputs, changed))
+                outputs[:, :, members] = self._replaced(layer, found[0], bucket, off)[:, :, members]
             return (outputs.flatten(2), *inputs[1:])
 
         source = getattr(attention, "v_proj", None) or attention.qkv_proj
@@ -206,24 +218,26 @@ class HeadSweep:
             for handle in handles:
                 handle.remove()
 
+    def _replaced(self, layer: int, seen: _Seen, bucket: Bucket, off: _Off) -> Tensor:
+        """What each head gives when it is ablated, in the shape of ``outputs``."""
+        mask = bucket.arguments[layer].get("attention_mask")
+        return replacements(off.kind, seen.outputs, seen.values, mask, epsilon=off.epsilon)
+
     @torch.inference_mode()
-    def _variants(
-        self,
-        states: Tensor,
-        layer: int,
-        base: _Base,
-        bucket: _Bucket,
-        off: _Off,
-    ) -> None:
+    def _variants(self, states: Tensor, layer: int, seen: _Seen, bucket: Bucket, off: _Off) -> None:
         """Fill ``states[h, prompt]`` for the prompts of a bucket and all heads of a layer."""
-        last = self.shape.layers - 1
-        device, places = base.outputs.device, torch.tensor(bucket.index, device=states.device)
+        last, members = self.shape.layers - 1, off.members(layer)
+        replaced, base = self._replaced(layer, seen, bucket, off), seen.outputs
+        if members:
+            base = base.clone()
+            base[:, :, members] = replaced[:, :, members]
+        device, places = base.device, torch.tensor(bucket.index, device=states.device)
         pairs = torch.cartesian_prod(torch.arange(len(bucket.index)), torch.arange(self.shape.heads))
-        for chunk in torch.split(pairs, max(1, self._batch_tokens // base.outputs.shape[1])):
+        for chunk in torch.split(pairs, max(1, self._batch_tokens // base.shape[1])):
             rows, heads = chunk.to(device).unbind(1)
-            outputs = base.outputs[rows]
-            outputs[torch.arange(len(rows), device=device), :, heads] = base.replaced[rows, :, heads]
-            hidden = base.block_input[rows.to(base.block_input.device)]
+            outputs = base[rows]
+            outputs[torch.arange(len(rows), device=device), :, heads] = replaced[rows, :, heads]
+            hidden = seen.block_input[rows.to(seen.block_input.device)]
             if layer == last:
                 outputs, hidden = outputs[:, -1:], hidden[:, -1:]
             attention = self._attention[layer]
@@ -235,8 +249,8 @@ class HeadSweep:
                 else:
                     arguments = bucket.arguments[later]
                     hidden = self._block(later, hidden, arguments, last_token=later == last)
-            final = self._model.base_model.norm(hidden[:, -1:])[:, 0]
-            states[heads.to(states.device), places[rows.to(states.device)]] = final.to(states.device)
+            final = self._normed(hidden).to(states.device)
+            states[heads.to(states.device), places[rows.to(states.device)]] = final
 
     def _block(
         self, layer: int, hidden: Tensor, arguments: dict[str, Any], *, last_token: bool = False
@@ -248,30 +262,12 @@ class HeadSweep:
     def _first_token(self, layer: int, outputs: Tensor, values: Tensor) -> None:
         """The first token sees itself alone: its heads must give its own values, or values are not these."""
         expected = values[:, 0].repeat_interleave(outputs.shape[2] // values.shape[2], dim=1)
+        _finite(expected, f"at layer {layer}")
         if not torch.allclose(outputs[:, 0], expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max())):
             raise LocateError(
                 f"layer {layer}: the first token's heads do not give its own values; this model's attention "
                 "does something that ablation does not know"
             )
-
-    @torch.inference_mode()
-    def _same_model(self, frontier: list[Tensor]) -> None:
-        for bucket, hidden in zip(self._buckets, frontier, strict=True):
-            final = self._model.base_model.norm(hidden[:, -1:])[:, 0]
-            expected = self.vanilla[bucket.index]
-            if not torch.allclose(final.to(expected), expected, rtol=1e-2, atol=1e-2):
-                raise LocateError("the blocks one by one do not give what the model gives as a whole")
-
-
-def _same_length(prompts: Sequence[Tokens], tokens: int) -> Iterator[list[int]]:
-    """Places of prompts of one length, at most about ``tokens`` tokens together."""
-    by_length: dict[int, list[int]] = {}
-    for place, prompt in enumerate(prompts):
-        by_length.setdefault(len(prompt), []).append(place)
-    for length, places in sorted(by_length.items()):
-        rows = max(1, tokens // length)
-        for start in range(0, len(places), rows):
-            yield places[start : start + rows]
 
 
 def _by_head(columns: Tensor, heads: int) -> Tensor:
@@ -281,5 +277,5 @@ def _by_head(columns: Tensor, heads: int) -> Tensor:
 
 def _finite(states: Tensor, when: str) -> Tensor:
     if not bool(torch.isfinite(states).all()):
-        raise LocateError(f"final states are not finite {when}; try float32 or bfloat16 weights")
+        raise LocateError(f"states are not finite {when}; try float32 or bfloat16 weights")
     return states

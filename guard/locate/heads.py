@@ -7,34 +7,32 @@ Scores are Ships (``guard.locate.ships``) of every head, all of them in one swee
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple, cast
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
-import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-import guard
 from guard.cache import Cache
 from guard.checkpoint import Checkpoint
-from guard.data import Dataset, Prompt
-from guard.locate import sahara, ships
+from guard.data import Dataset
+from guard.locate import sahara, ships, templates
 from guard.locate.ablation import Ablation, Head
 from guard.locate.errors import LocateError
 from guard.locate.head_sweep import HeadSweep
-from guard.locate.unit_set import BoolArray, Component, Float64Array, Provenance, UnitSet, top
-from guard.prompts import Tokens, encode
+from guard.locate.results import Scores, unit_set, versions
+from guard.locate.templates import Template
+from guard.locate.unit_set import Float64Array, UnitSet, top
+from guard.prompts import Tokens
 
 PER_QUERY = 10
 """Heads that are listed for each query."""
-QUERY_TEMPLATE = "## Query:{text}\n## Answer:"
-"""The paper's."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +54,8 @@ class HeadsOptions:
     """Number of dominant directions compared; for the level ``dataset``."""
     side: ships.Side = "left"
     """``left``: directions in query space (paper); ``right``: directions of the states; for ``dataset``."""
-    template: Literal["chat", "query", "bare"] = "chat"
-    """``chat``: the model's own; ``query``: the paper's ``## Query:`` and ``## Answer:``; ``bare``: none."""
+    template: Template = "chat"
+    """``chat``: the model's own; ``query``: the paper's; ``tulu``: another one's; ``none``: the bare text."""
     limit: int = 200
     """Harmful prompts to use, the first ones that fit the model's context."""
     batch_tokens: int = 8192
@@ -67,25 +65,10 @@ class HeadsOptions:
         for name in ("count", "rank", "limit", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise LocateError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.template not in get_args(Template):
+            raise LocateError(f"template is {self.template!r}, expected one of {get_args(Template)}")
         if not 0.0 <= self.epsilon < 1.0:
             raise LocateError(f"epsilon is {self.epsilon}; expected 0 or more and less than 1")
-
-
-class HeadScores(NamedTuple):
-    """What the method finds in a loaded model."""
-
-    scores: dict[Component, Float64Array]
-    """``attention``: float64 ``[layers, heads]``, Ships of each head alone."""
-    selected: dict[Component, BoolArray]
-    """``attention``: ``[layers, heads]``."""
-    cost: dict[str, float]
-    """``forward_passes`` and ``tokens`` in whole-model equivalents (a pass of half the blocks counts half),
-    ``seconds``. What was found in the cache costs nothing."""
-    extra: dict[str, NDArray[Any]]
-    """``divergence``: float64 ``[layers, heads, prompts]``; ``query_heads``: int64 ``[prompts, 10, 2]``
-    (fewer in a small model), layer and head, most divergent first; ``group``: int64 ``[count, 2]``, in the
-    order of selection; ``group_scores``: float64 ``[count]``, of the group up to there or, for ``top``, of
-    the head."""
 
 
 def locate(
@@ -96,10 +79,14 @@ def locate(
     cache: Cache | None = None,
     identity: Any = None,
     progress: bool = False,
-) -> HeadScores:
+) -> Scores:
     """Score all heads of a loaded transformers model on harmful prompts, given as token ids.
 
-    Weights may be of any dtype and on any devices; scores are float64.
+    Weights may be of any dtype and on any devices. ``scores`` are ``attention`` ``[layers, heads]``, Ships of
+    each head alone. ``extra`` holds ``divergence``, float64 ``[layers, heads, prompts]``; ``query_heads``,
+    int64 ``[prompts, 10, 2]`` (fewer in a small model), layer and head, most divergent first; ``group``,
+    int64 ``[count, 2]``, in the order of selection; ``group_scores``, float64 ``[count]``, of the group up to
+    there or, for ``top``, of the head.
     With a ``cache``, each layer's result is kept under ``identity`` (of the weights), the prompts and the
     options, and an interrupted run goes on where it stopped. Raises LocateError.
     """
@@ -145,7 +132,7 @@ def locate(
         "group": np.array(chosen, dtype=np.int64),
         "group_scores": np.array(values),
     }
-    return HeadScores({"attention": scores}, {"attention": mask}, cost, extra)
+    return Scores({"attention": scores}, {"attention": mask}, cost, extra)
 
 
 def query_heads(divergences: Float64Array, count: int = PER_QUERY) -> NDArray[np.int64]:
@@ -167,14 +154,18 @@ def run(
     dtype: str = "float32",
     cache: Cache | None = None,
     progress: bool = False,
+    statistics: Path | None = None,
 ) -> UnitSet:
-    """Score the heads of a checkpoint on the harmful prompts of some data sets. Raises LocateError."""
+    """Score the heads of a checkpoint on the harmful prompts of some data sets.
+
+    ``statistics`` names a safetensors file for ``Scores.extra``. Raises LocateError, CheckpointError.
+    """
     options = options or HeadsOptions()
     tokenizer = checkpoint.load_tokenizer()
     harmful = [p for dataset in datasets for p in dataset.prompts if p.label == "harmful"]
     if not harmful:
         raise LocateError("the data hold no harmful prompt; this method compares what a model does with them")
-    encoded = [_encode(tokenizer, prompt, options.template) for prompt in harmful]
+    encoded = [templates.render(tokenizer, prompt, options.template) for prompt in harmful]
     fitting = [tokens for tokens in encoded if 0 < len(tokens) <= checkpoint.context][: options.limit]
     if not fitting:
         raise LocateError(
@@ -183,39 +174,9 @@ def run(
         )
     model = checkpoint.load_model(dtype, device)
     adapter = checkpoint.adapter.sha256 if checkpoint.adapter else None
-    identity = [
-        checkpoint.weights_sha256,
-        adapter,
-        dtype,
-        device,
-        torch.__version__,
-        transformers.__version__,
-    ]
+    identity = [checkpoint.weights_sha256, adapter, dtype, device, versions()]
     found = locate(model, fitting, options, cache=cache, identity=identity, progress=progress)
-    own = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
-    versions = {
-        "neuronguard": guard.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    provenance = Provenance(
-        method="heads",
-        options=asdict(options),
-        model=checkpoint.card(),
-        data=tuple(file for dataset in datasets for file in dataset.files),
-        template=own if options.template == "chat" else options.template,
-        seed=0,
-        versions=versions,
-        cost=found.cost,
-    )
-    return UnitSet(provenance, found.scores, found.selected)
-
-
-def _encode(tokenizer: Any, prompt: Prompt, template: str) -> Tokens:
-    if template == "chat":
-        return encode(tokenizer, prompt.chat())
-    text = prompt.text if template == "bare" else QUERY_TEMPLATE.format(text=prompt.text)
-    return tuple(tokenizer(text, verbose=False).input_ids)
+    return unit_set("heads", found, options, checkpoint, datasets, tokenizer, statistics=statistics)
 
 
 class _Ruler:

@@ -27,7 +27,8 @@ from guard.data import Dataset
 from guard.locate.errors import LocateError
 from guard.locate.importance_options import ImportanceOptions, Matrix
 from guard.locate.importance_reader import Reading, reading, widths
-from guard.locate.passes import Cost, Kept, Scores, forward, keep_arrays, tokens_of, unit_set, usable
+from guard.locate.passes import Cost, Kept, forward, usable
+from guard.locate.results import Running, Scores, run_one_model
 from guard.locate.unit_set import BoolArray, Component, Float64Array, UnitSet
 from guard.observe import chunks
 from guard.prompts import Tokens
@@ -74,7 +75,7 @@ def locate(
     (mean), ``active`` and ``foundation`` (shares of the harmful and of the general prompts).
     Raises LocateError: no prompt, none that fits, NaN, attention that the closed forms do not describe.
     """
-    if options.foundation and not foundation:
+    if prompts and options.foundation and not foundation:
         raise LocateError(
             "there are no benign prompts to find the units that general text needs; add some, or set "
             "foundation to false"
@@ -127,7 +128,9 @@ def tally(
     units, layers = widths(model, options), shape_of(model.config).layers
     fitting = usable(prompts, context=int(model.config.max_position_embeddings), shortest=2, what=what)
     key = {
-        name: value for name, value in asdict(options).items() if name not in ("consistency", "foundation")
+        name: value
+        for name, value in asdict(options).items()
+        if name not in ("consistency", "foundation", "template")
     }
     total = np.zeros((2, layers, sum(units.values())))
     with tqdm(total=len(fitting), desc=f"importance ({what})", disable=not progress) as bar:
@@ -236,17 +239,9 @@ def run(
     Parts of the run are kept in ``cache``; ``statistics`` names a safetensors file for ``Scores.extra``.
     ``seed`` is recorded only: nothing is drawn. Raises LocateError, CheckpointError.
     """
-    tokenizer = checkpoint.load_tokenizer()
-    harmful, benign = tokens_of(tokenizer, dataset)
-    found = locate(
-        checkpoint.load_model(dtype, device),
-        harmful,
-        options,
-        foundation=benign,
-        batch_tokens=batch_tokens,
-        progress=progress,
-        kept=Kept.of_checkpoint(cache, checkpoint, dtype=dtype, device=device),
-    )
-    if statistics is not None:
-        keep_arrays(statistics, found.extra)
-    return unit_set("importance", found, asdict(options), checkpoint, dataset, tokenizer, seed)
+
+    def find(model: Any, harmful: list[Tokens], benign: list[Tokens], **settings: Any) -> Scores:
+        return locate(model, harmful, options, foundation=benign, **settings)
+
+    how = Running(device, dtype, batch_tokens, seed, progress, cache, statistics)
+    return run_one_model("importance", find, checkpoint, dataset, options, how)

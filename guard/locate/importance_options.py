@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from guard.locate.errors import LocateError
+from guard.locate.templates import Template
 
 Matrix = Literal["mlp", "query", "key", "value"]
 MATRICES: tuple[Matrix, ...] = get_args(Matrix)
@@ -33,6 +34,8 @@ class ImportanceOptions:
     """Query and key: change of the attention map, as in the paper, or of the layer's output (slower)."""
     query_rows: Literal["all", "last"] = "all"
     """Query and key: measure at every token, or at the last one only (faster)."""
+    template: Template = "chat"
+    """``chat``: the model's own; ``query`` and ``tulu``: those of other papers; ``none``: the bare text."""
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.matrices if name not in MATRICES]
@@ -40,12 +43,13 @@ class ImportanceOptions:
             raise LocateError(
                 f"matrices must name some of {', '.join(MATRICES)}, each once; got {self.matrices!r}"
             )
-        for name in ("variant", "scope", "effect", "query_rows"):
+        for name in ("variant", "scope", "effect", "query_rows", "template"):
             allowed = {
                 "variant": ("exact", "released"),
                 "scope": ("model", "layer"),
                 "effect": ("map", "output"),
                 "query_rows": ("all", "last"),
+                "template": get_args(Template),
             }[name]
             if getattr(self, name) not in allowed:
                 raise LocateError(f"{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}")

@@ -6,49 +6,36 @@ A run is cut into the chunks of ``guard.observe.chunks``. What a chunk adds to a
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 import transformers
-from numpy.typing import NDArray
-from safetensors.numpy import save
 from torch import Tensor
 
-from guard.cache import Cache, write_whole
+from guard.cache import Cache
 from guard.capture import pad
 from guard.checkpoint import Checkpoint
-from guard.data import Dataset
 from guard.locate.errors import LocateError
-from guard.locate.unit_set import BoolArray, Component, Float64Array, Method, Provenance, UnitSet
-from guard.prompts import Tokens, encode
-
-
-class Scores(NamedTuple):
-    """What a method finds, before it is given a provenance."""
-
-    scores: dict[Component, Float64Array]
-    """float64 ``[layers, units]``; higher is more of what the method looks for; NaN: no candidate."""
-    selected: dict[Component, BoolArray]
-    """``[layers, units]``."""
-    cost: dict[str, float]
-    """``forward_passes``, ``tokens``, ``seconds``; chunks that were found on disk cost nothing."""
-    extra: dict[str, NDArray[Any]]
-    """Further arrays of the method, by name."""
+from guard.locate.unit_set import Float64Array
+from guard.prompts import Tokens
 
 
 @dataclass
 class Cost:
-    """Counts what a run costs."""
+    """Counts what a run costs, as ``Scores.cost`` has it."""
 
     forward_passes: int = 0
     tokens: int = 0
     begun: float = field(default_factory=time.monotonic)
+
+    def add(self, texts: Sequence[Tokens]) -> None:
+        """Count texts that went through the whole model."""
+        self.forward_passes += len(texts)
+        self.tokens += sum(map(len, texts))
 
     def as_dict(self) -> dict[str, float]:
         """The counts so far, in the form of a provenance."""
@@ -117,47 +104,9 @@ def forward(model: Any, prompts: Sequence[Tokens], cost: Cost) -> None:
     # Rows of one length need no mask; without it attention takes its exact causal path.
     attention_mask = None if bool(mask.all()) else mask
     model.base_model(input_ids=ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
-    cost.forward_passes += 1
-    cost.tokens += sum(map(len, prompts))
+    cost.add(prompts)
 
 
 def wide(tensor: Tensor) -> Tensor:
     """At least float32: what statistics are computed in, whatever the weights' dtype."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def tokens_of(tokenizer: Any, dataset: Dataset) -> tuple[list[Tokens], list[Tokens]]:
-    """The harmful and the benign prompts of a data set as the model's chat template renders them."""
-    found: dict[str, list[Tokens]] = {"harmful": [], "benign": []}
-    for prompt in dataset.prompts:
-        found[prompt.label].append(encode(tokenizer, prompt.chat()))
-    return found["harmful"], found["benign"]
-
-
-def keep_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write ``Scores.extra`` as one safetensors file, whole or not at all."""
-    content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
-    write_whole(path, lambda file: file.write(content))
-
-
-def unit_set(
-    method: Method,
-    found: Scores,
-    options: dict[str, Any],
-    checkpoint: Checkpoint,
-    dataset: Dataset,
-    tokenizer: Any,
-    seed: int,
-) -> UnitSet:
-    """Scores with their provenance."""
-    provenance = Provenance(
-        method=method,
-        options=options,
-        model=checkpoint.card(),
-        data=dataset.files,
-        template=hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
-        seed=seed,
-        versions={"torch": torch.__version__, "transformers": transformers.__version__},
-        cost=found.cost,
-    )
-    return UnitSet(provenance, found.scores, found.selected)

@@ -63,6 +63,19 @@ def sweep(
     return result
 
 
+@torch.inference_mode()
+def log_probabilities(twin: Twin, texts: Sequence[Text], *, batch_tokens: int = 4096) -> NDArray[np.float64]:
+    """Log-probability of each answer under a model that is left alone, in nats, ``[texts]``."""
+    result = np.empty(len(texts))
+    for group in batches([len(prompt) + len(answer) for prompt, answer in texts], tokens=batch_tokens):
+        part = [texts[i] for i in group]
+        ids, mask, _ = pad([prompt + answer for prompt, answer in part])
+        keep = ids.shape[1] - min(len(prompt) for prompt, _ in part) + 1
+        with twin.scaled():
+            result[group] = _answer_log_probs(_logits(twin.model, ids, mask, keep), part, ids)
+    return result
+
+
 @contextmanager
 def _reading(donor: Twin, units: Units, held: dict[Place, Tensor]) -> Iterator[None]:
     places: list[Place] = [(site.layer, site.kind) for site in units]

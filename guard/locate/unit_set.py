@@ -55,11 +55,11 @@ class Provenance(BaseModel):
     """The aligned twin, for methods that compare two models."""
     data: tuple[DataFile, ...]
     template: str
-    """SHA-256 of the chat template, or the name of a paper's own template."""
+    """SHA-256 of the chat template, or the name of another, see ``guard.locate.templates``."""
     seed: int
     versions: dict[str, str]
     cost: dict[str, float]
-    """``forward_passes``, ``tokens``, ``seconds``."""
+    """``forward_passes``, ``tokens``, ``seconds``, see ``guard.locate.results.Scores``."""
 
     @field_validator("options", mode="before")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -156,11 +157,28 @@ def test_layers_that_are_skipped_change_nothing_for_the_others() -> None:
 
 def test_sweep_runs_half_the_blocks_of_a_pass_for_each_head() -> None:
     sweep = HeadSweep(random_model(), prompts(10))
-    before = sweep.block_tokens
+    # The pass that variants begin from, and a pass of the whole model to hold it against.
+    assert sweep.block_tokens == 10 * 3 + 10 * 3
     list(sweep.layers("undifferentiated"))
-    # One base pass, and for the 4 heads of layers 0 and 1 the blocks from there on; in the last layer, where
-    # attention is known, only the last token.
-    assert sweep.block_tokens - before == 10 * 3 + 4 * (10 * (3 + 2) + 1)
+    # For the 4 heads of layers 0 and 1 the blocks from there on; in the last layer, where attention is known,
+    # only the last token.
+    variants = 4 * (10 * (3 + 2) + 1)
+    assert sweep.block_tokens == 2 * 10 * 3 + variants
+    # A group changes nothing below its lowest layer, here 1.
+    list(sweep.layers("undifferentiated", group=[Head(2, 0), Head(1, 3)]))
+    assert sweep.block_tokens == 2 * 10 * 3 + 2 * variants + 10 * 2
+
+
+@pytest.mark.parametrize("kind", ["undifferentiated", "scaling"])
+@pytest.mark.parametrize("group", [(), (Head(2, 0), Head(1, 3)), (Head(0, 1),)])
+def test_what_is_not_kept_is_computed_again_to_the_same(kind: Any, group: Sequence[Head]) -> None:
+    kept, forgotten = (HeadSweep(random_model(), prompts(9, 4, 9), keep_bytes=n) for n in (1 << 20, 0))
+    for (layer, states), (other, again) in zip(
+        kept.layers(kind, group=group), forgotten.layers(kind, group=group), strict=True
+    ):
+        assert layer == other
+        assert torch.equal(states, again)
+    assert forgotten.block_tokens == kept.block_tokens + 22 * min([3, *(head.layer for head in group)])
 
 
 def test_no_row_is_padded() -> None:
@@ -221,7 +239,7 @@ def test_what_cannot_be_swept_is_refused() -> None:
         HeadSweep(model, prompts(5))
     broken = random_model()
     broken.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
-    with pytest.raises(LocateError, match="not finite without any head ablated"):
+    with pytest.raises(LocateError, match="states are not finite at layer 2"):
         HeadSweep(broken, prompts(5))
 
 

@@ -13,8 +13,10 @@ import torch
 from click.testing import CliRunner, Result
 
 from guard.bundle import Bundle
+from guard.checkpoint import Checkpoint
 from guard.cli import main
 from guard.commands import locate
+from guard.locate.neuron2word import neuron2word
 from guard.locate.unit_set import UnitSet
 from tests.guard import worlds
 from tests.locate import fake_method
@@ -303,6 +305,26 @@ def test_controls_are_written_as_sets(two: tuple[Path, Path], tmp_path: Path) ->
         assert not (control.selected["mlp"] & found.selected["mlp"]).any()
     refused = run("units", "control", two[0], "--out", tmp_path / "x", "--window", 1, "--disjoint")
     assert "leave out --window" in refused.output
+
+
+def test_the_best_neurons_are_read_as_words(two: tuple[Path, Path], model: Path, tmp_path: Path) -> None:
+    result = run("units", "words", two[0], "--model", model, "--count", 2, "--top", 3)
+    assert result.exit_code == 0, result.output
+    best = next(UnitSet.load(two[0]).ranking())
+    first, active, below, second, *_ = result.output.splitlines()
+    assert first == f"layer {best.layer}, neuron {best.unit}"
+    loaded, tokenizer = Checkpoint.open(model).load_model(), worlds.tokenizer()
+    (expected,) = neuron2word(loaded, [(best.layer, best.unit)], top=3)
+    for line, sign, tokens in zip((active, below), "+-", expected.decoded(tokenizer), strict=True):
+        assert line == f"  {sign} " + " ".join(map(repr, tokens))
+    assert second.startswith("layer ")
+
+
+def test_heads_have_no_words(fake: object, model: Path, twin: Path, data: Path, tmp_path: Path) -> None:
+    assert locating(model, twin, data, tmp_path / "u", "--parts", "attention").exit_code == 0
+    result = run("units", "words", tmp_path / "u", "--model", model)
+    assert result.exit_code == 1
+    assert "ranks no MLP neuron" in result.output
 
 
 def test_a_damaged_set_is_one_sentence(two: tuple[Path, Path]) -> None:

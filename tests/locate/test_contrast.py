@@ -13,9 +13,10 @@ import torch
 from guard.cache import Cache
 from guard.locate import contrast
 from guard.locate.change import Positions, Sums, add_texts
-from guard.locate.contrast import ContrastOptions, Scores, locate
+from guard.locate.contrast import ContrastOptions, locate
 from guard.locate.decoding import greedy
 from guard.locate.patching import dap_generate
+from guard.locate.results import Scores
 from guard.locate.twins import folded_twins
 from tests.locate import contrast_toys as toys
 
@@ -89,7 +90,7 @@ def test_scores_equal_those_of_stored_activations(positions: Positions, source: 
     expected = np.sqrt(((ours - theirs) ** 2).mean(1))
     # Norms are float32 in transformers, and round differently in other batches.
     np.testing.assert_allclose(scores_of(found)[:3], expected[:3], rtol=1e-5, atol=1e-6)
-    assert found.cost["tokens"] == ours.shape[1]
+    assert found.cost["compared"] == ours.shape[1]
     for name, array in (("recipient", ours), ("donor", theirs)):
         np.testing.assert_allclose(found.extra[f"mean.{name}"], array.mean(1), rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(found.extra[f"std.{name}"], array.std(1), rtol=1e-5, atol=1e-5)
@@ -139,7 +140,7 @@ def test_padding_never_enters_a_statistic(positions: Positions) -> None:
     assert longest > min(len(p) + len(a) for p, a in texts)
     array = sums.array(4)
     assert np.isfinite(array).all()
-    scores = np.sqrt(array[0] / expected.cost["tokens"])
+    scores = np.sqrt(array[0] / expected.cost["compared"])
     np.testing.assert_allclose(scores[:3], scores_of(expected)[:3], rtol=1e-9, atol=1e-12)
 
 
@@ -177,7 +178,8 @@ def test_prompt_positions_need_no_answer() -> None:
     # The decoder alone ran: nothing asked for logits.
     assert not calls
     assert found.completions == tuple((prompt, ()) for prompt in PROMPTS)
-    assert found.cost["tokens"] == len(PROMPTS)
+    assert found.cost["compared"] == len(PROMPTS)
+    assert found.cost["tokens"] == 2 * sum(map(len, PROMPTS))
     assert found.cost["forward_passes"] == 2 * len(PROMPTS)
 
 

@@ -13,10 +13,11 @@ from safetensors.numpy import load_file
 from guard.cache import Cache
 from guard.checkpoint import Checkpoint
 from guard.data import load
-from guard.locate.contrast import ContrastOptions, Scores, locate, run
+from guard.locate.contrast import ContrastOptions, locate, run
 from guard.locate.decoding import greedy
 from guard.locate.errors import LocateError
 from guard.locate.patching import units_of
+from guard.locate.results import Scores
 from guard.locate.twins import Twin
 from guard.locate.unit_set import UnitSet
 from guard.prompts import Tokens, encode

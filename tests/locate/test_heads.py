@@ -214,9 +214,9 @@ def test_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: p
 
 def test_cost_counts_half_a_pass_for_half_the_blocks() -> None:
     cost = locate(random_model(), prompts(10, 10), HeadsOptions(count=1)).cost
-    # Blocks of three: the unablated pass and the one row that records, the base of the sweep, and 4 heads of
-    # each layer from there on; in the last layer only the last token.
-    blocks = 20 * 3 + 10 * 3 + 20 * 3 + 4 * (20 * 3 + 20 * 2 + 2 * 1)
+    # Blocks of three: the unablated pass and the one row that it is held against, and 4 heads of each layer
+    # from there on; in the last layer only the last token.
+    blocks = 20 * 3 + 10 * 3 + 4 * (20 * 3 + 20 * 2 + 2 * 1)
     assert cost["tokens"] == pytest.approx(blocks / 3)
     assert cost["forward_passes"] == pytest.approx(cost["tokens"] / 10)
     assert cost["seconds"] > 0.0
@@ -258,7 +258,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint.open(worlds.checkpoint(tmp_path_factory.mktemp("model"), worlds.model()))
 
 
-@pytest.mark.parametrize("template", ["chat", "query", "bare"])
+@pytest.mark.parametrize("template", ["chat", "query", "tulu", "none"])
 def test_run_gives_a_set_of_heads_with_its_origin(
     tmp_path: Path, checkpoint: Checkpoint, template: Any
 ) -> None:
@@ -273,7 +273,12 @@ def test_run_gives_a_set_of_heads_with_its_origin(
     assert loaded.provenance.options["count"] == 2
     assert (len(loaded.provenance.template) == 64) == (template == "chat")
     tokenizer = checkpoint.load_tokenizer()
-    texts = {"query": "## Query:{}\n## Answer:", "bare": "{}", "chat": "<|user|>{}<|end|><|assistant|>"}
+    texts = {
+        "query": "## Query:{}\n## Answer:",
+        "tulu": "<|user|>\n{}\n<|assistant|>\n",
+        "none": "{}",
+        "chat": "<|user|>{}<|end|><|assistant|>",
+    }
     harmful = [prompt.text for prompt in dataset.prompts if prompt.label == "harmful"][:4]
     ids = [tuple(tokenizer(texts[template].format(text)).input_ids) for text in harmful]
     expected = locate(checkpoint.load_model(), ids, HeadsOptions(count=2))

@@ -127,10 +127,15 @@ def test_units_that_general_text_needs_are_no_candidates_and_the_best_of_the_res
 @pytest.mark.parametrize("tokens", [4, 14, 8192])
 def test_results_do_not_depend_on_batches(tokens: int) -> None:
     model = toys.model()
+    calls: list[int] = []
+    handle = model.model.register_forward_pre_hook(lambda *_: calls.append(1))
     found = locate(model, toys.PROMPTS, ImportanceOptions(), foundation=GENERAL, batch_tokens=tokens)
+    handle.remove()
     whole = locate(model, toys.PROMPTS, ImportanceOptions(), foundation=GENERAL)
     assert found.cost["tokens"] == 17 + 9
-    assert found.cost["forward_passes"] == {4: 7, 14: 3, 8192: 2}[tokens]
+    # A cost counts texts, in however many batches they went through.
+    assert len(calls) == {4: 7, 14: 3, 8192: 2}[tokens]
+    assert found.cost["forward_passes"] == 7
     for name in whole.scores:
         np.testing.assert_allclose(
             found.extra[f"importance.{name}"], whole.extra[f"importance.{name}"], rtol=1e-10, atol=1e-12
@@ -233,7 +238,7 @@ def test_a_run_makes_a_unit_set_with_its_provenance(tmp_path: Path) -> None:
     assert (provenance.method, provenance.seed, provenance.model) == ("importance", 3, checkpoint.card())
     assert provenance.data == dataset.files
     assert provenance.options["consistency"] == 0.75
-    assert provenance.cost["forward_passes"] == 2
+    assert provenance.cost["forward_passes"] == 8
     assert (
         json.loads((tmp_path / "units" / "units.json").read_text())["selected"].keys() == saved.scores.keys()
     )
