@@ -106,6 +106,15 @@ class Decision(_Wire):
         rule = self.match(probability)
         return rule.action if rule else "pass"
 
+    def outcome(self, probability: float, patched: float | None) -> RuleAction:
+        """What is done in mode ``enforce``; ``patched`` is P(unsafe) of the patched run, if there was one."""
+        rule = self.match(probability)
+        if rule is None:
+            return "pass"
+        if rule.action == "patch" and patched is not None and rule.still_unsafe == "refuse":
+            return "patch" if self.decide(patched) in ("pass", "tag") else "refuse"
+        return rule.action
+
     @property
     def patches(self) -> set[str]:
         """The patches that its rules name."""

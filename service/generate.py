@@ -86,6 +86,8 @@ def _finding(call: Call, judged: Judged) -> dict[str, Any]:
 def guard_headers(call: Call, judged: Judged) -> dict[str, str]:
     """What a client is told of the verdict."""
     headers = {"x-guard-action": judged.action, "x-guard-policy": call.bound.name}
+    if judged.action == "patch" and judged.verdict is not None and judged.verdict.patch is not None:
+        headers["x-guard-patch"] = judged.verdict.patch
     score = call.shown(judged.verdict)
     if score is not None:
         headers["x-guard-score"] = f"{score:.6f}"

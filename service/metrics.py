@@ -193,8 +193,8 @@ class Metrics:
         for rule in reversed(decision.rules):  # the first rule of an action is the one that shows
             self.policy_threshold.labels(bound.name, status.model, rule.action).set(rule.above)
         said: list[RuleAction] = ["pass", "tag", "refuse"]
-        if any(rule.action == "escalate" for rule in decision.rules):
-            said.append("escalate")
+        there = {rule.action for rule in decision.rules}
+        said += [action for action in ("patch", "escalate") if action in there]
         for verdict, stream in product(said, ("true", "false")):
             for action in _done(verdict, decision.mode):
                 self.requests.labels(bound.name, status.model, verdict, action, decision.mode, stream)
@@ -208,4 +208,6 @@ class Metrics:
 def _done(verdict: RuleAction, mode: Mode) -> tuple[Action, ...]:
     if mode != "enforce":
         return ("pass",)
+    if verdict == "patch":
+        return ("patch", "refuse")
     return ("pass", "refuse") if verdict == "escalate" else (verdict,)

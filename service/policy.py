@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from guard.verdict import Decision, EngineStatus, Rule
 from service.errors import ConfigError
@@ -30,17 +30,6 @@ class MisplacedError(ValueError):
         self.path = path
 
 
-def _available(what: str, later: tuple[str, ...]) -> BeforeValidator:
-    """Refuse by name what the file format foresees and this version cannot do."""
-
-    def check(value: object) -> object:
-        if value in later:
-            raise ValueError(f"{what} '{value}' is not available: the engine cannot do it yet")
-        return value
-
-    return BeforeValidator(check)
-
-
 class FileModel(BaseModel):
     """Base of everything in the policy file: no unknown key, no conversion between types."""
 
@@ -57,14 +46,27 @@ class PolicyRule(FileModel):
     """P(unsafe) at or above ``above`` leads to ``action``."""
 
     above: Annotated[float, Field(ge=0.0, le=1.0)] | AtRate
-    action: Annotated[Literal["pass", "tag", "refuse", "escalate"], _available("action", ("patch",))]
+    action: Literal["pass", "tag", "patch", "escalate", "refuse"]
     judge: str | None = None
     """For ``escalate``: a name under ``judges``. May be left out where there is one judge only."""
+    patch: str | None = None
+    """For ``patch``: the name of one of the bundle's patches."""
+    still_unsafe: Literal["refuse", "pass"] = "refuse"
+    """For ``patch``: what happens when the patched run is flagged again."""
 
     @model_validator(mode="after")
     def _judge_belongs_to_escalate(self) -> PolicyRule:
         if self.judge is not None and self.action != "escalate":
             raise MisplacedError("only a rule with the action 'escalate' has a judge", "judge")
+        return self
+
+    @model_validator(mode="after")
+    def _patch_belongs_to_patch(self) -> PolicyRule:
+        if self.action == "patch" and self.patch is None:
+            raise MisplacedError("'patch' needs the name of one of the bundle's patches, as in patch: NAME")
+        for name in ("patch", "still_unsafe"):
+            if name in self.model_fields_set and self.action != "patch":
+                raise MisplacedError(f"only a rule with the action 'patch' has {name}", name)
         return self
 
 
@@ -104,12 +106,17 @@ class Policy(FileModel):
     def resolve(self, name: str, status: EngineStatus) -> Decision:
         """The engine's part of the policy, with every ``fpr`` replaced by this bundle's probability.
 
-        Raises MisplacedError when the bundle has no such threshold or a rule can never match.
+        Raises MisplacedError when the bundle has no such threshold or patch, or a rule can never match.
         """
         if self.rules is None:
             return Decision(policy=name, mode=self.mode, rules=status.default.rules)
         rules = tuple(
-            Rule(above=_probability(index, rule.above, status), action=rule.action)
+            Rule(
+                above=_probability(index, rule.above, status),
+                action=rule.action,
+                patch=_known(index, rule.patch, status),
+                still_unsafe=rule.still_unsafe,
+            )
             for index, rule in enumerate(self.rules)
         )
         for later, rule in enumerate(rules):
@@ -144,6 +151,15 @@ def judged_safe(decision: Decision) -> Decision:
         for rule in decision.rules
     )
     return decision.model_copy(update={"rules": rules})
+
+
+def _known(index: int, patch: str | None, status: EngineStatus) -> str | None:
+    if patch is not None and patch not in status.patches:
+        there = ", ".join(status.patches) or "none"
+        raise MisplacedError(
+            f"the bundle in force has no patch {patch!r}; it has: {there}", "rules", index, "patch"
+        )
+    return patch
 
 
 def _hides(earlier: float | AtRate, later: float | AtRate) -> bool:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import click
 import yaml
 
 from guard.commands import options
-
-if TYPE_CHECKING:
-    from guard.bundle import Bundle
-    from guard.checkpoint import Checkpoint
+from guard.commands.patch import patch
 
 
 @click.group()
@@ -50,6 +47,10 @@ def show(directory: Path) -> None:
         click.echo(f"self-test  {len(card.self_test.prompts)} prompts, {name} within {tolerance:.3g}")
     for adapter in card.adapters:
         click.echo(f"adapter    {adapter.name}, rank {adapter.rank}, {adapter.sha256}")
+    for made in card.patches:
+        click.echo(
+            f"patch      {made.name}, {made.kind}, {sum(len(site.units) for site in made.sites)} units"
+        )
     for file in card.data:
         click.echo(f"data       {file.role}: {file.name}, {file.harmful} harmful, {file.benign} benign")
 
@@ -66,7 +67,7 @@ def verify(directory: Path, model: str, adapter: str | None) -> None:
     from guard.self_test import check
 
     loaded = Bundle.load(directory)
-    checkpoint = _model_of(loaded, model)
+    checkpoint = options.belonging(loaded, model)
     if adapter:
         checkpoint = checkpoint.under(options.adapter(adapter))
     for dtype, difference in check(loaded, checkpoint).items():
@@ -91,7 +92,10 @@ def verify(directory: Path, model: str, adapter: str | None) -> None:
     metavar="NAME=DIR",
     help="A listed LoRA adapter that the server loads; repeatable.",
 )
-def flags(directory: Path, mode: Literal["enforce", "observe"], adapters: tuple[str, ...]) -> None:
+@click.option("--donor", type=options.PATH, help="Directory of the donor that the bundle's patches name.")
+def flags(
+    directory: Path, mode: Literal["enforce", "observe"], adapters: tuple[str, ...], donor: Path | None
+) -> None:
     """Print, as YAML, the flags that guard a vLLM server which is not started by the guard's own launcher.
 
     vLLM reads them with --config: neuronguard bundle flags BUNDLE > guard.yaml, then vllm serve MODEL
@@ -109,7 +113,7 @@ def flags(directory: Path, mode: Literal["enforce", "observe"], adapters: tuple[
     except GuardStartupError as error:
         raise click.ClickException(str(error)) from error
     default = loaded.card.default_decision.model_copy(update={"mode": mode})
-    config = GuardConfig.for_bundle(str(directory), loaded, default, served)
+    config = GuardConfig.for_bundle(str(directory), loaded, default, served, str(donor) if donor else None)
     click.echo(yaml.safe_dump(config.flags(), sort_keys=False, width=1000), nl=False)
 
 
@@ -140,7 +144,7 @@ def adapter_(directory: Path, model: str, adapters: tuple[str, ...], out: Path, 
     if out.exists() and not (out / CARD_FILE).is_file():
         raise click.UsageError(f"{out} exists and is not a bundle; choose another --out")
     loaded = Bundle.load(directory)
-    checkpoint = _model_of(loaded, model)
+    checkpoint = options.belonging(loaded, model)
     for text in adapters:
         card = measure_adapter(loaded, checkpoint.under(options.adapter(text)), device=device)
         loaded = loaded.with_adapter(card)
@@ -156,12 +160,4 @@ def adapter_(directory: Path, model: str, adapters: tuple[str, ...], out: Path, 
     click.echo(f"wrote {out}: digest {loaded.digest}; the operating points are those without an adapter")
 
 
-def _model_of(bundle: Bundle, model: str) -> Checkpoint:
-    """The checkpoint that ``--model`` names. Raises BundleError when the bundle belongs to another."""
-    checkpoint = options.open_model(model)
-    bundle.verify_model(
-        shape=checkpoint.shape,
-        weights_sha256=checkpoint.weights_sha256,
-        tokenizer_sha256=checkpoint.tokenizer_sha256,
-    )
-    return checkpoint
+bundle.add_command(patch)

@@ -10,6 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from guard.adapters import Adapter
+    from guard.bundle import Bundle
     from guard.checkpoint import Checkpoint
     from guard.data import Dataset
     from guard.observe import Reader, Subject
@@ -87,6 +88,17 @@ def open_model(text: str) -> Checkpoint:
     logging.disable_progress_bar()
     path, name = resolve(text)
     return Checkpoint.open(path, name)
+
+
+def belonging(bundle: Bundle, text: str) -> Checkpoint:
+    """The checkpoint that ``--model`` names. Raises BundleError when the bundle belongs to another."""
+    checkpoint = open_model(text)
+    bundle.verify_model(
+        shape=checkpoint.shape,
+        weights_sha256=checkpoint.weights_sha256,
+        tokenizer_sha256=checkpoint.tokenizer_sha256,
+    )
+    return checkpoint
 
 
 def subject(text: str, running: dict[str, Any], under: str | None = None) -> Subject:

@@ -69,6 +69,7 @@ def guard_arguments() -> argparse.ArgumentParser:
         help="what happens to requests that carry no directive",
     )
     group.add_argument("--guard-fpr", type=float, help="operating point for them, by false-positive rate")
+    group.add_argument("--guard-donor", help="directory of the donor that the bundle's patches name")
     return parser
 
 
@@ -85,7 +86,7 @@ def guard_config(
     default = Decision(
         policy="engine-default", mode=options.guard_mode, rules=(Rule(above=above, action="refuse"),)
     )
-    return GuardConfig.for_bundle(options.bundle, bundle, default, adapters)
+    return GuardConfig.for_bundle(options.bundle, bundle, default, adapters, options.guard_donor)
 
 
 def engine_arguments(options: argparse.Namespace, rest: list[str]) -> argparse.Namespace:

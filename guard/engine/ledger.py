@@ -38,6 +38,8 @@ class Entry:
     nonce: str | None = None
     denied: str | None = None
     """Why this request may not be answered whatever its score, as a word for ``Verdict.reason``."""
+    fixed_form: bool = False
+    """Whether the answer must follow a grammar, so that no words can be put before it."""
     self_test: Key | None = None
     """Which part of the self-test this is."""
     rerun: Rule | None = None
@@ -92,12 +94,13 @@ class Ledger:
         directive: str | None,
         denied: str | None = None,
         adapter: str | None = None,
+        fixed_form: bool = False,
     ) -> None:
         """Enter a new request; ``denied`` names a reason to fail it closed. Never raises on bad input.
 
         ``adapter`` is the name of the LoRA adapter that it runs under.
         """
-        entry = Entry(self._default, prompt_tokens, denied=denied)
+        entry = Entry(self._default, prompt_tokens, denied=denied, fixed_form=fixed_form)
         if directive is not None:
             self._apply(entry, directive)
         if not self.self_test.passed and entry.denied is None:
@@ -168,18 +171,19 @@ class Ledger:
             action = "checked"
         elif entry.decision.mode == "observe":
             action = "pass"
-        elif rule is not None and patch is not None and self._patches[patch][1].kind != "prefix":
-            entry.rerun, entry.first = rule, (logit, probability)
-            return Rerun(patch)
+        elif rule is not None and patch is not None:
+            if self._patches[patch][1].kind != "prefix":
+                entry.rerun, entry.first = rule, (logit, probability)
+                return Rerun(patch)
+            if entry.fixed_form:
+                action = "refuse"
         return self._verdict(entry, action, decision, logit, probability, patch)
 
     def _patched(self, entry: Entry, rule: Rule, logit: float) -> Verdict:
         """Of a run whose prompt was patched; the score that led to the patch stays the verdict's."""
         after = self._card.calibration.probability(logit)
-        action: Action = "patch"
-        if rule.still_unsafe == "refuse" and entry.decision.decide(after) in ("patch", "refuse"):
-            action = "refuse"
         before, probability = entry.first or (logit, after)
+        action = entry.decision.outcome(probability, after)
         return self._verdict(entry, action, "patch", before, probability, rule.patch, after)
 
     def _verdict(

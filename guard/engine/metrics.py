@@ -30,7 +30,7 @@ INFO = Gauge(
     ("bundle", "model", "label", "guard_version", "vllm_version"),
 )
 
-_ACTIONS: tuple[RuleAction, ...] = ("pass", "tag", "escalate", "refuse")
+_ACTIONS: tuple[RuleAction, ...] = ("pass", "tag", "patch", "escalate", "refuse")
 _MODES: tuple[Mode, ...] = ("enforce", "observe")
 
 for _action, _mode, _source in product(_ACTIONS, _MODES, ("gateway", "direct")):

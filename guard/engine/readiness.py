@@ -43,6 +43,7 @@ class Readiness:
             bundle=config.bundle_sha256,
             label=card.label,
             thresholds=card.thresholds,
+            patches=tuple(patch.name for patch in card.patches),
             default=config.default,
             guard_version=__version__,
             vllm_version=vllm.__version__,

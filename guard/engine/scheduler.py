@@ -34,6 +34,7 @@ from guard.engine.config import (
     verify_adapters,
     verify_served_model,
 )
+from guard.engine.errors import GuardStartupError
 from guard.engine.ledger import STOPPING, Ledger, Rerun
 from guard.engine.outputs import IDLE_ATTRIBUTE, LOGITS_ATTRIBUTE, PREFIX_ATTRIBUTE, SLOTS_ATTRIBUTE
 from guard.engine.support import refuse_too_few_slots, refuse_unsupported
@@ -60,6 +61,11 @@ class GuardMixin(_Scheduler):
         bundle = config.load_bundle()
         verify_served_model(bundle, model.model, model.tokenizer, model.hf_text_config)
         verify_adapters(bundle, config.adapters)
+        if unknown := config.default.patches - bundle.patches.keys():
+            raise GuardStartupError(
+                f"the default policy patches with {min(unknown)!r}, which is none of the bundle's patches "
+                f"({', '.join(bundle.patches) or 'it has none'})"
+            )
         refuse_too_few_slots(self.vllm_config, len(config.adapters))
         self._adapters = config.adapters
         self._digest = bundle.digest
@@ -85,6 +91,7 @@ class GuardMixin(_Scheduler):
                 directive=extra.get(EXTRA_ARG) if extra else None,
                 denied=denial(request, self._adapters),
                 adapter=request.lora_request.lora_name if request.lora_request else None,
+                fixed_form=request.use_structured_output,
             )
         super().add_request(request)
 

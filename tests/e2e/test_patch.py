@@ -203,3 +203,24 @@ def test_siblings_are_patched_alike(llm, seal, expected):
     (output,) = llm.generate([{"prompt_token_ids": PROMPTS[0]}], params, use_tqdm=False)
     for completion in output.outputs:
         assert shown(completion.token_ids) == expected["zero"][0]
+
+
+def test_words_are_not_put_before_an_answer_that_follows_a_grammar(llm, seal):
+    from vllm.sampling_params import StructuredOutputsParams
+
+    grammar = StructuredOutputsParams(choice=["yes", "no"])
+    directives = seal("words"), seal("zero", still_unsafe="pass")
+    params = [sampling(directive, structured_outputs=grammar) for directive in directives]
+    begun, patched = ask(llm, [PROMPTS[0]] * 2, params)
+    assert (begun.verdict.action, begun.tokens) == ("refuse", [])
+    assert patched.verdict.action == "patch"
+    assert patched.text.endswith(("yes", "no"))
+    assert len(patched.tokens) in (3, 4)
+
+
+@pytest.mark.parametrize("name", ["zero", "donor-some", "words"])
+def test_log_probabilities_are_those_of_the_patched_model(llm, seal, name):
+    params = sampling(seal(name, still_unsafe="pass"), max_tokens=NEW_TOKENS, logprobs=2, prompt_logprobs=1)
+    (got,) = ask(llm, [PROMPTS[0]], params)
+    assert got.verdict.action == "patch"
+    assert len(got.output.outputs[0].logprobs) == len(got.tokens)

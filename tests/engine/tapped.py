@@ -47,7 +47,7 @@ class Linear(nn.Module):
     def __init__(self, width: int, ranks: int = 1, rank: int = 0) -> None:
         super().__init__()
         self.input_size, self.input_size_per_partition = width, width // ranks
-        self.tp_rank, self.input_is_parallel = rank, True
+        self.tp_rank, self.input_is_parallel, self.output_size = rank, True, HIDDEN
         self.weight = nn.Parameter(torch.randn(self.input_size_per_partition, HIDDEN) / width**0.5)
 
     def forward(self, x: Tensor) -> Tensor:

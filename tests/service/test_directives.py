@@ -91,6 +91,37 @@ def test_a_verdict_that_does_not_is_not(decision: Decision, changes: dict[str, A
     assert reason(order, verdict(order, **changes).seal(KEYS)) == why
 
 
+PATCH = Decision(policy="p", rules=(Rule(above=0.5, action="patch", patch="mean"),))
+LENIENT = Decision(policy="p", rules=(Rule(above=0.5, action="patch", patch="mean", still_unsafe="pass"),))
+FLAGGED = {"probability": 0.7, "decision": "patch", "unsafe": True, "patch": "mean"}
+
+
+@pytest.mark.parametrize(
+    ("decision", "changes", "believed"),
+    [
+        (PATCH, {"action": "patch", "patched_probability": 0.1}, True),
+        (PATCH, {"action": "refuse", "patched_probability": 0.6}, True),
+        (PATCH, {"action": "patch", "patched_probability": 0.6}, False),
+        (LENIENT, {"action": "patch", "patched_probability": 0.6}, True),
+        (PATCH, {"action": "refuse", "patched_probability": 0.1}, False),
+        (PATCH, {"action": "pass", "patched_probability": 0.1}, False),
+        (PATCH, {"action": "patch", "patched_probability": 0.1, "patch": "other"}, False),
+        (PATCH, {"action": "patch", "patched_probability": 0.1, "patch": None}, False),
+        (PATCH, {"action": "patch"}, True),
+        (PATCH, {"action": "refuse"}, True),
+    ],
+)
+def test_a_patched_answer_is_believed_if_it_is_the_one_that_was_ordered(
+    decision: Decision, changes: dict[str, Any], believed: bool
+) -> None:
+    order = issue(decision)
+    sealed = verdict(order, **(FLAGGED | changes)).seal(KEYS)
+    if believed:
+        assert order.verify(sealed, KEYS).patch == "mean"
+    else:
+        assert reason(order, sealed) == "inconsistent"
+
+
 def test_headers_that_are_no_verdict() -> None:
     order = issue()
     good = verdict(order).seal(KEYS)

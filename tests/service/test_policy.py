@@ -45,9 +45,13 @@ WRONG = {
     "empty file": ("", "valid dictionary"),
     "not yaml": ("policies: {", "not valid YAML"),
     "key twice": ("policies: {default: {mode: observe, mode: enforce}}", "the key 'mode' is given twice"),
-    "patch": (
+    "patch without a name": (
         "policies: {default: {rules: [{above: 0.5, action: patch}]}}",
-        "action 'patch' is not available",
+        "policies.default.rules.0: 'patch' needs the name of one of the bundle's patches",
+    ),
+    "patch of another action": (
+        "policies: {default: {rules: [{above: 0.5, action: refuse, patch: mean}]}}",
+        "policies.default.rules.0.patch: only a rule with the action 'patch' has patch",
     ),
     "escalate without a judge": (
         "policies: {default: {rules: [{above: 0.5, action: escalate}]}}",
@@ -210,3 +214,15 @@ def test_a_rate_that_the_bundle_does_not_have_is_an_error(tmp_path: Path) -> Non
     policies = load(tmp_path, "policies: {default: {rules: [{above: {fpr: 0.02}, action: refuse}]}}")
     with pytest.raises(PolicyError, match=r"fpr 0\.02.*0\.001, 0\.01, 0\.05"):
         bind(policies, a_status())
+
+
+def test_a_patch_is_bound_to_one_that_the_bundle_has(tmp_path: Path) -> None:
+    path = tmp_path / "policies.yaml"
+    path.write_text(
+        "policies: {default: {rules: [{above: 0.5, action: patch, patch: mean, still_unsafe: pass}]}}"
+    )
+    policies = load_policies(path)
+    bound = bind(policies, a_status(patches=("zero", "mean")))["default"]
+    assert bound.decision.rules == (Rule(above=0.5, action="patch", patch="mean", still_unsafe="pass"),)
+    with pytest.raises(PolicyError, match="the bundle in force has no patch 'mean'; it has: zero"):
+        bind(policies, a_status(patches=("zero",)))
