@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -94,19 +95,19 @@ class ChatJudge:
         except openai.OpenAIError as error:
             raise JudgeError(f"{self.url} cannot be asked: {error}") from error
         with client, ThreadPoolExecutor(self.concurrency) as pool:
-            futures = [pool.submit(self._one, client, each) for each in answers]
-            try:
-                found = [future.result() for future in futures]
-            except JudgeError:
-                pool.shutdown(cancel_futures=True)
-                raise
+            # What is wrong with the address is wrong for every answer: the first to notice stops the others.
+            stopped = threading.Event()
+            futures = [pool.submit(self._one, client, each, stopped) for each in answers]
+            found = [future.result() for future in futures]
         if found and all(each.view is None for each in found):
             raise JudgeError(
                 f"{self.name} at {self.url} judged none of {len(found)} answers: {found[0].reason}"
             )
         return found
 
-    def _one(self, client: openai.OpenAI, each: Answered) -> Judgement:
+    def _one(self, client: openai.OpenAI, each: Answered, stopped: threading.Event) -> Judgement:
+        if stopped.is_set():
+            return Judgement(None, "stopped")
         messages: Any = _MESSAGES[self.template](each)
         key = {"url": self.url, "model": self.model, "messages": messages, "template": self.template}
         kept = self.cache.texts("judgements", key)
@@ -117,6 +118,7 @@ class ChatJudge:
                 model=self.model, messages=messages, temperature=0.0, max_tokens=32
             )
         except _CONFIGURED_WRONGLY as error:
+            stopped.set()
             raise JudgeError(
                 f"{self.url} answers {error.status_code}; check address, key and model {self.model!r}"
             ) from error

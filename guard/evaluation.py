@@ -31,7 +31,12 @@ from guard.resample import Bootstrap, requests_of
 from guard.verdict import Threshold
 
 SCHEMA = 1
-_VERBS = {"fit": "fit", "calibrate": "calibrate", "threshold": "set the thresholds of"}
+_VERBS = {
+    "fit": "fit",
+    "hard_negative": "fit",
+    "calibrate": "calibrate",
+    "threshold": "set the thresholds of",
+}
 _LISTED = 100
 """Most problems with data that a document lists; all are counted."""
 
@@ -113,7 +118,10 @@ def evaluate_bundle(
     if answers:
         document["unsafe_output"] = unsafe_output(seen, scored, pool, card.thresholds, bootstrap)
         document["evaluation"] = tables(seen, logits, card.thresholds, apart=apart)
-    odds = card.calibration.slope * logits.astype(np.float64) + card.calibration.offset
+    stated = np.array([card.calibration.probability(float(logit)) for logit in logits])
+    # Finite, where a probability has rounded to 0 or 1.
+    stated = np.clip(stated, 1e-15, 1 - 1e-15)
+    odds = np.log(stated) - np.log1p(-stated)
     target = seen.target(card.label)[pool]
     if answers or card.label == "harmful_prompt":
         both = target.any() and not target.all()

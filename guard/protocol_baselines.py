@@ -45,6 +45,7 @@ NOT_MEASURED = {
     "sentence embeddings": "needs the weights of an embedding model, of which this project has none",
     "guard model": "needs the weights of a guard model, of which this project has none",
 }
+TRANSFORMERS = ("residual stream, one layer", "difference of means, one layer", "token embeddings")
 Score = Callable[[Any], NDArray[Any]]
 
 
@@ -88,6 +89,11 @@ def baselines(bundle: Bundle, subject: Subject) -> dict[str, Baseline]:
             kept[id(seen)] = read_residual(subject.model, layers, seen.tokens, tokens=subject.batch_tokens)
         return kept[id(seen)]
 
+    read_by_transformers = {
+        "residual stream, one layer": Baseline(stream, _best_layer),
+        "difference of means, one layer": Baseline(stream, _means),
+        "token embeddings": Baseline(lambda seen, role: mean_embeddings(subject.model, seen.tokens), _probe),
+    }
     texts = lambda seen, role: np.array([p.text for p in seen.prompts], dtype=object)  # noqa: E731
     return {
         "words (n-gram naive Bayes)": Baseline(texts, _naive_bayes),
@@ -96,9 +102,8 @@ def baselines(bundle: Bundle, subject: Subject) -> dict[str, Baseline]:
             f"random units, draw {draw + 1}": Baseline(random_units(draw), partial(_probe, family=family))
             for draw in range(DRAWS)
         },
-        "residual stream, one layer": Baseline(stream, _best_layer),
-        "difference of means, one layer": Baseline(stream, _means),
-        "token embeddings": Baseline(lambda seen, role: mean_embeddings(subject.model, seen.tokens), _probe),
+        # The engine reads sites and nothing else.
+        **(read_by_transformers if subject.reader is None else {}),
     }
 
 
@@ -145,12 +150,14 @@ def measure(
         entry["fitted_on"] = "the fit prompts" if fit else "the evaluation prompts, other sources"
         document[name] = entry
         scores[name] = scored
+    for name in () if subject.reader is None else TRANSFORMERS:
+        document[name] = {"not_measured": "is read by transformers, and the engine ran the model"}
     return {**document, **{name: {"not_measured": why} for name, why in NOT_MEASURED.items()}}, scores
 
 
 def refuse_others(bundle: Bundle, fit: Dataset) -> None:
     """Raises EvaluationError unless ``fit`` is made of the very files that ``bundle`` was fitted on."""
-    known = {file.sha256: file.name for file in bundle.card.data if file.role == "fit"}
+    known = {file.sha256: file.name for file in bundle.card.data if file.role in ("fit", "hard_negative")}
     given = {file.sha256: file.name for file in fit.files}
     strange = sorted(given[digest] for digest in given.keys() - known.keys())
     missing = sorted(known[digest] for digest in known.keys() - given.keys())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from guard.commands import options
 @options.strict
 @options.bootstrap
 @options.running
+@options.capturing
 def compare(
     a: Path,
     b: Path,
@@ -65,15 +67,16 @@ def compare(
     bundles = Bundle.load(a), Bundle.load(b)
     dataset = load("evaluate", data, strict=strict)
     click.echo(options.describe(dataset), err=True)
-    subject = options.subject(models[0], running)
-    document = compare_bundles(
-        bundles,
-        (subject, options.subject(models[1], running) if len(models) == 2 else subject),
-        dataset,
-        question=question,
-        apart=apart,
-        bootstrap=Bootstrap(draws, seed),
-    )
+    with ExitStack() as stack:
+        subjects = [stack.enter_context(options.observing(each, running)) for each in models]
+        document = compare_bundles(
+            bundles,
+            (subjects[0], subjects[-1]),
+            dataset,
+            question=question,
+            apart=apart,
+            bootstrap=Bootstrap(draws, seed),
+        )
     if json_file:
         text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         write_whole(json_file, lambda file: file.write(text.encode()))

@@ -59,6 +59,7 @@ _FILES = ("report.json", "report.html")
 )
 @options.bootstrap
 @options.running
+@options.capturing
 def evaluate(
     model: str,
     directory: Path,
@@ -99,27 +100,28 @@ def evaluate(
     dataset = load("evaluate", data, strict=strict)
     click.echo(options.describe(dataset), err=True)
     fitted = load("fit", fit_data, barred=[dataset], strict=strict) if fit_data else None
-    subject = options.subject(model, running, adapter)
-    found = evaluate_bundle(
-        bundle,
-        subject,
-        dataset,
-        apart=apart,
-        answers=answers,
-        bootstrap=Bootstrap(draws, seed),
-        strict=strict,
-    )
+    if out:
+        # Before the work: what draws the page may not be installed.
+        from guard.report_page import page
     curves = {}
-    if baselines:
-        from guard import protocol_baselines
+    with options.observing(model, running, adapter) as subject:
+        found = evaluate_bundle(
+            bundle,
+            subject,
+            dataset,
+            apart=apart,
+            answers=answers,
+            bootstrap=Bootstrap(draws, seed),
+            strict=strict,
+        )
+        if baselines:
+            from guard import protocol_baselines
 
-        rows, scores = protocol_baselines.measure(bundle, subject, found, Bootstrap(draws, seed), fitted)
-        found.document["baselines"] = rows
-        curves = protocol_baselines.drawn(scores)
+            rows, scores = protocol_baselines.measure(bundle, subject, found, Bootstrap(draws, seed), fitted)
+            found.document["baselines"] = rows
+            curves = protocol_baselines.drawn(scores)
     figures = (json.dumps(found.document, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
     if out:
-        from guard.report_page import page
-
         write_folder(out, dict(zip(_FILES, (figures, page(found, curves).encode()), strict=True)))
         click.echo(f"wrote {', '.join(str(out / name) for name in _FILES)}", err=True)
     if json_file:

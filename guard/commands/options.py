@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,6 +124,24 @@ def subject(text: str, running: dict[str, Any], under: str | None = None) -> Sub
         progress=True,
         reader=_reader(checkpoint, running) if running.get("capture") == "engine" else None,
     )
+
+
+@contextmanager
+def observing(text: str, running: dict[str, Any], under: str | None = None) -> Iterator[Subject]:
+    """As :func:`subject`, for a block at whose end the engine is freed, if one ran the model."""
+    from guard.engine.errors import GuardStartupError
+
+    if running["engine_options"] and running["capture"] != "engine":
+        raise click.UsageError("--engine-option is for vLLM; give it with --capture engine")
+    found: Subject | None = None
+    try:
+        found = subject(text, running, under)
+        yield found
+    except GuardStartupError as error:
+        raise click.ClickException(str(error)) from error
+    finally:
+        if found is not None and found.reader is not None:
+            found.reader.close()
 
 
 def _reader(checkpoint: Checkpoint, running: dict[str, Any]) -> Reader:

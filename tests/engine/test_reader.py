@@ -11,9 +11,15 @@ import pytest
 
 from guard.answers import answer
 from guard.bundle import Site
+from guard.cache import Cache
 from guard.capture import read_prompts
 from guard.checkpoint import Checkpoint
+from guard.data import Dataset, Prompt
+from guard.evaluation import evaluate_bundle
+from guard.observe import Subject
 from guard.prompts import encode
+from guard.protocol_baselines import TRANSFORMERS, baselines
+from guard.resample import Bootstrap
 from tests.e2e.inprocess import SETTINGS
 from tests.guard import worlds
 
@@ -76,6 +82,26 @@ def test_answers_are_those_of_transformers(checkpoint: Checkpoint, reader: Any) 
     np.testing.assert_allclose(
         reader.features(UNITS, other), read_prompts(checkpoint.load_model(), UNITS, other), atol=1e-3
     )
+
+
+def test_an_evaluation_by_the_engine_is_that_by_transformers(checkpoint: Checkpoint, reader: Any) -> None:
+    texts = worlds.texts(24, seed=5)
+    rows = [Prompt((("user", text),), "harmful" if i % 2 else "benign", "s") for i, text in enumerate(texts)]
+    sites = [site.model_dump() for site in UNITS]
+    bundle = worlds.bundle(model=checkpoint.card().model_dump(), sites=sites)
+    found = [
+        evaluate_bundle(
+            bundle,
+            Subject(checkpoint, Cache(None), reader=chosen),
+            Dataset("evaluate", tuple(rows), (), {}),
+            answers=False,
+            bootstrap=Bootstrap(100),
+        )
+        for chosen in (None, reader)
+    ]
+    np.testing.assert_allclose(found[1].scored.scores, found[0].scored.scores, atol=1e-2)
+    assert found[1].document["overall"]["auroc"] == found[0].document["overall"]["auroc"]
+    assert baselines(bundle, Subject(checkpoint, Cache(None), reader=reader)).keys().isdisjoint(TRANSFORMERS)
 
 
 def test_a_prompt_that_was_seen_before_is_read_again(reader: Any) -> None:

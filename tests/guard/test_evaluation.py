@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from guard.bundle import Bundle
+from guard.bundle import Bundle, Calibration
 from guard.capture import read_prompts
 from guard.checkpoint import Checkpoint
 from guard.cli import main
@@ -153,6 +153,26 @@ def test_rates_without_a_threshold_are_null_and_calibration_is_there(report: dic
     assert report["overall"]["flag_rate_at"]["0.005"] is None
     assert report["calibration"]["n"] == 400
     assert report["unsafe_output"]["overall"]["n_unsafe"] <= report["overall"]["n_harmful"]
+
+
+def test_isotonic_calibration_is_read_by_its_knots(
+    report: dict[str, Any], planted: worlds.Planted, bundle: Path, data: Path, tmp_path: Path
+) -> None:
+    """Knots on the line of Platt scaling say the same; a bend says something else."""
+    loaded = Bundle.load(bundle)
+    platt, found = loaded.card.calibration, []
+    for bend in (0.0, 3.0):
+        knots = [(x, platt.slope * x + platt.offset + bend * (x > 0)) for x in (-1.0, 1.0)]
+        isotonic = Calibration(kind="isotonic", slope=platt.slope, offset=0.0, knots=tuple(knots))
+        card = loaded.card.model_copy(update={"calibration": isotonic})
+        out = tmp_path / f"bend-{bend}"
+        Bundle(card, loaded.scorer).save(out)
+        result = run(*evaluating(planted, out, data, tmp_path / f"r-{bend}", "--no-answers"))
+        assert result.exit_code == 0, result.output
+        written = json.loads((tmp_path / f"r-{bend}" / "report.json").read_text())
+        found.append(written["calibration"]["expected_calibration_error"])
+    assert found[0] == pytest.approx(report["calibration"]["expected_calibration_error"], abs=1e-6)
+    assert abs(found[1] - found[0]) > 1e-4
 
 
 def test_random_labels_give_one_half(planted: worlds.Planted, bundle: Path, tmp_path: Path) -> None:
