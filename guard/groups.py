@@ -18,13 +18,23 @@ from guard.data import Prompt
 
 SAME = 0.7
 """Least share of common words, |a ∩ b| / |a ∪ b|, at which two texts count as one request."""
+PLAIN = 4
+"""Words from which on what a pair shares is taken for a request, and not for a number or a name."""
 _WORD = re.compile(r"\w+")
 
 
 def requests(prompts: Sequence[Prompt]) -> NDArray[np.int64]:
-    """Group number ``[n]``: prompts that their data set calls a pair, or whose last turns nearly agree."""
-    # Rows say so in a field of their own, where the data set has it.
-    return near_duplicates([p.text for p in prompts], pairs=[getattr(p, "pair", None) for p in prompts])
+    """Group number ``[n]``: prompts that their data set calls a pair, or whose last turns nearly agree.
+
+    What rows of a pair share is a number in some data sets, which means nothing in another; in others it is
+    the plain request behind an attack, and then it is compared with the prompts themselves.
+    """
+    pairs = [f"{p.source}\n{p.pair}" if p.pair is not None else None for p in prompts]
+    plain = {
+        key: p.pair for key, p in zip(pairs, prompts, strict=True) if key and len(_words(p.pair)) >= PLAIN
+    }
+    texts = [*(p.text for p in prompts), *(text or "" for text in plain.values())]
+    return near_duplicates(texts, pairs=[*pairs, *plain])[: len(prompts)]
 
 
 def near_duplicates(
@@ -37,7 +47,7 @@ def near_duplicates(
     Exact: two such sets share a word among the rarest (1 − ``same``) of each, so that only texts with a rare
     word in common are compared (prefix filtering, Chaudhuri et al. 2006).
     """
-    words = [frozenset(_WORD.findall(text.casefold())) for text in texts]
+    words = [_words(text) for text in texts]
     often = Counter(word for each in words for word in each)
     parent = list(range(len(texts)))
 
@@ -72,3 +82,7 @@ def near_duplicates(
     roots = [root(index) for index in range(len(texts))]
     _, numbers = np.unique(roots, return_inverse=True)
     return numbers.astype(np.int64)
+
+
+def _words(text: str | None) -> frozenset[str]:
+    return frozenset(_WORD.findall((text or "").casefold()))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from guard.bundle import Calibration, Site
+from guard.calibrate import fit_platt
 from guard.data import Prompt
 from guard.fit_probes import Fitted, Fitting, Role, fit_probes
 from guard.fit_settings import FitError, FitSettings
@@ -74,6 +75,10 @@ def test_the_probability_of_a_product_is_calibrated_on_fresh_prompts() -> None:
     logits = fitted.probe.logits(fresh.features)
     found = np.array([fitted.calibration.probability(float(z)) for z in logits])
     unsafe = fresh.seen.unsafe
+    # Held-out scores of both stages stand for fresh ones: calibrating on these changes little.
+    known = fit_platt(logits, unsafe)
+    assert fitted.calibration.slope == pytest.approx(known.slope, rel=0.1)
+    assert fitted.calibration.offset == pytest.approx(known.offset, abs=0.15)
     # P(unsafe) is said at even odds: weigh the classes alike, then compare bin by bin.
     weight = np.where(unsafe, 0.5 / unsafe.sum(), 0.5 / (~unsafe).sum())
     for low in (0.0, 0.2, 0.4, 0.6, 0.8):
