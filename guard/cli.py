@@ -15,6 +15,7 @@ from guard.commands.locate import locate
 from guard.commands.materialise import materialise
 from guard.commands.units import units
 from guard.serve.command import serve
+from service.__main__ import gateway
 
 # What the gateway does without: the base installation has none of these.
 _EXTRA = frozenset(
@@ -58,3 +59,4 @@ main.add_command(evaluate)
 main.add_command(bundle)
 main.add_command(materialise)
 main.add_command(serve)
+main.add_command(gateway)
