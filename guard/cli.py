@@ -17,6 +17,7 @@ from guard.commands.locate import locate
 from guard.commands.materialise import materialise
 from guard.commands.units import units
 from guard.serve.command import serve
+from service.__main__ import gateway
 
 # What the gateway does without: the base installation has none of these.
 _EXTRA = frozenset(
@@ -74,3 +75,4 @@ main.add_command(judge)
 main.add_command(bundle)
 main.add_command(materialise)
 main.add_command(serve)
+main.add_command(gateway)

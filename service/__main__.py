@@ -1,4 +1,4 @@
-"""``python -m service``: run the gateway until it is told to stop."""
+"""``neuronguard gateway``, ``python -m service``: run the gateway until it is told to stop."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import asyncio
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
+import click
 import uvicorn
 from fastapi import FastAPI
 from prometheus_client import start_http_server
@@ -18,11 +20,17 @@ from service.logs import set_up
 from service.settings import Settings, load_settings
 
 
-def main() -> int:
-    """Return the exit status: 2 when the configuration is at fault, which one sentence on stderr explains."""
+def main(config: Path | None = None, *, check: bool = False) -> int:
+    """Return the exit status: 2 when the configuration is at fault, which one sentence on stderr explains.
+
+    ``check``: build the gateway, say what it would do, and do not serve.
+    """
     try:
-        settings = load_settings()
+        settings = load_settings(config)
         app = create_app(settings)
+        if check:
+            sys.stdout.write(_summary(settings, app))
+            return 0
         set_up(settings)
         with _metrics_server(settings, app):
             _serve(settings, app)
@@ -30,6 +38,23 @@ def main() -> int:
         sys.stderr.write(f"neuronguard: {error}\n")
         return 2
     return 0
+
+
+def _summary(settings: Settings, app: FastAPI) -> str:
+    policies = app.state.gateway.store.current
+    modes = ", ".join(f"{name} ({policy.mode})" for name, policy in policies.policies.items())
+    rated = any(policy.needs_bundle for policy in policies.policies.values())
+    lines = [
+        f"listens on  {settings.host}:{settings.port}",
+        f"engines     {', '.join(settings.engines)}",
+        f"policies    {modes}",
+        f"keys        {len(policies.keys) or 'none: loopback only'}",
+    ]
+    if policies.judges:
+        lines.append(f"judges      {', '.join(policies.judges)}")
+    if rated:
+        lines.append("            rules by fpr are checked once an engine has told its bundle's thresholds")
+    return "\n".join([*lines, "the configuration is valid", ""])
 
 
 class _Server(uvicorn.Server):
@@ -87,5 +112,19 @@ def _metrics_server(settings: Settings, app: FastAPI) -> Iterator[None]:
         thread.join()
 
 
+@click.command("gateway")
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="YAML file with settings; environment variables come before it.",
+)
+@click.option(
+    "--check-config", is_flag=True, help="Say whether settings, policies and keys are valid, and end."
+)
+def gateway(config: Path | None, check_config: bool) -> None:
+    """Run the gateway in front of guarded engines until it is told to stop."""
+    sys.exit(main(config, check=check_config))
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    gateway(prog_name="python -m service")

@@ -61,6 +61,8 @@ def of_user(content: str | list[dict[str, str]]) -> Messages:
 
 async def check_all(call: Call, inputs: Sequence[Messages]) -> list[Finding]:
     """Judge several conversations; all are judged, or the request fails. Raises ApiError, ClientGoneError."""
+    if not inputs:
+        return []
     findings = await unless_gone(call.arrival.request.receive, _check_all(call, inputs))
     worst = reduce(Verdict.worse_of, (finding.verdict for finding in findings))
     call.record.verdict = worst.decision

@@ -103,6 +103,11 @@ class Policy(FileModel):
                     raise MisplacedError(_dead(later, earlier), "rules", later)
         return self
 
+    @property
+    def needs_bundle(self) -> bool:
+        """Whether only a bundle's thresholds can tell what its rules mean."""
+        return any(isinstance(rule.above, AtRate) for rule in self.rules or ())
+
     def resolve(self, name: str, status: EngineStatus) -> Decision:
         """The engine's part of the policy, with every ``fpr`` replaced by this bundle's probability.
 

@@ -1,17 +1,21 @@
-"""Settings of one gateway process, read from environment variables that begin with ``NEURONGUARD_``."""
+"""Settings of one gateway: environment variables that begin with ``NEURONGUARD_``, and a file."""
 
 from __future__ import annotations
 
 import ipaddress
+import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import BeforeValidator, Field, HttpUrl, ValidationError
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, SettingsConfigDict
 
 from service.errors import ConfigError
+from service.yaml_lines import Lines, read
 
 PREFIX = "NEURONGUARD_"
+_FILE = PREFIX + "CONFIG"
 
 
 def _several(value: object) -> object:
@@ -118,13 +122,40 @@ class Settings(BaseSettings):
         return tuple(str(url).rstrip("/") for url in self.engine_url)
 
 
-def load_settings() -> Settings:
-    """Read the environment. Raises ConfigError with one sentence that names the variable."""
+def load_settings(file: Path | None = None) -> Settings:
+    """Read the environment and a file, whose values count where the environment says nothing.
+
+    The file, also named by ``NEURONGUARD_CONFIG``, is YAML with the settings' names in small letters. Raises
+    ConfigError with one sentence that names the variable, or file and line.
+    """
+    file = file or (Path(os.environ[_FILE]) if os.environ.get(_FILE) else None)
+    values, lines = _read(file) if file is not None else ({}, Lines(None))
+    environment = EnvSettingsSource(Settings)()
     try:
-        return Settings()  # type: ignore[call-arg]  # the values come from the environment
+        return Settings(**(values | environment))
     except ValidationError as error:
         first = error.errors()[0]
-        name = PREFIX + "_".join(str(part) for part in first["loc"]).upper()
+        field = str(first["loc"][0])
+        name = PREFIX + field.upper()
         if first["type"] == "missing":
             raise ConfigError(f"The environment variable {name} is not set.") from error
+        if field in values and field not in environment:
+            wrong = "it is not a known setting" if first["type"] == "extra_forbidden" else first["msg"]
+            raise ConfigError(f"{file}, line {lines.of([field])}: {field}: {wrong}.") from error
         raise ConfigError(f"The environment variable {name} is wrong: {first['msg']}.") from error
+
+
+def _read(file: Path) -> tuple[dict[str, Any], Lines]:
+    try:
+        values, lines = read(file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Cannot read the settings file {file}: {error}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"The settings file {file} is not valid YAML: {' '.join(str(error).split())}."
+        ) from error
+    if values is None:
+        return {}, lines
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise ConfigError(f"The settings file {file} must be a mapping of settings to values.")
+    return values, lines

@@ -2,14 +2,16 @@
 
 from fastapi import APIRouter, Request
 
+from service.api_schemas import RELOADED
 from service.errors import ApiError
 from service.gateway import admit, gateway_of
+from service.openapi import answers
 from service.policy import PolicyError
 
 router = APIRouter()
 
 
-@router.post("/admin/policies/reload")
+@router.post("/admin/policies/reload", responses=answers(RELOADED, (401, 403, 409, 500)))
 async def reload_policies(request: Request) -> dict[str, list[str]]:
     """Read the policy file again; what is wrong with it is told, and the old policies stay in force."""
     admit(request, "admin")

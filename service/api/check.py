@@ -8,11 +8,12 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field, model_validator
 
+from service.api_schemas import CHECK
 from service.chat_body import Message
 from service.checks import Finding, Messages, check_all, headers, limit_inputs, of_user
 from service.fields import Strict
 from service.gateway import begin
-from service.openapi import takes
+from service.openapi import OF_A_BODY, answers, takes
 
 router = APIRouter()
 
@@ -45,7 +46,11 @@ class CheckBody(Strict):
         return [of_user(text) for text in texts]
 
 
-@router.post("/v1/guard/check", openapi_extra=takes(CheckBody))
+@router.post(
+    "/v1/guard/check",
+    openapi_extra=takes(CheckBody),
+    responses=answers(CHECK, OF_A_BODY),
+)
 async def check(request: Request) -> Response:
     """Judge a conversation or texts, and generate nothing."""
     arrival = await begin(request, "checks")

@@ -13,16 +13,19 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from service.api_schemas import DETECTIONS
 from service.checks import Finding, check_all, headers, limit_inputs, of_user
 from service.errors import ApiError
 from service.gateway import begin
-from service.openapi import takes
+from service.openapi import OF_A_BODY, answers, takes
 
 router = APIRouter()
 
 PATH = "/api/v1/text/contents"
 DETECTOR_ID = "neuronguard"
 DETECTION = "unsafe"
+
+_ERRORS = (*(status for status in OF_A_BODY if status != 400), 422)
 
 _HEADER = {
     "name": "detector-id",
@@ -42,7 +45,11 @@ class ContentsBody(BaseModel):
     """Not looked at: thresholds are the policy's."""
 
 
-@router.post(PATH, openapi_extra=takes(ContentsBody) | {"parameters": [_HEADER]})
+@router.post(
+    PATH,
+    openapi_extra=takes(ContentsBody) | {"parameters": [_HEADER]},
+    responses=answers(DETECTIONS, _ERRORS, shape="DetectorError"),
+)
 async def detect(request: Request) -> Response:
     """Say which texts are unsafe."""
     arrival = await begin(request, "checks")

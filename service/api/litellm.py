@@ -14,11 +14,12 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from service.api_schemas import GUARDRAIL
 from service.chat_body import Message
 from service.checks import Messages, check_all, headers, limit_inputs, of_user
 from service.errors import bad_request
 from service.gateway import begin
-from service.openapi import takes
+from service.openapi import OF_A_BODY, answers, takes
 
 router = APIRouter()
 _MESSAGES: TypeAdapter[list[Message]] = TypeAdapter(list[Message])
@@ -50,7 +51,11 @@ class GuardrailBody(BaseModel):
         return [of_user(text) for text in self.texts or () if text]
 
 
-@router.post("/beta/litellm_basic_guardrail_api", openapi_extra=takes(GuardrailBody))
+@router.post(
+    "/beta/litellm_basic_guardrail_api",
+    openapi_extra=takes(GuardrailBody),
+    responses=answers(GUARDRAIL, OF_A_BODY),
+)
 async def judge_for_litellm(request: Request) -> Response:
     """Say whether LiteLLM's proxy may go on with a request."""
     arrival = await begin(request, "checks")

@@ -6,13 +6,15 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from guard.verdict import EngineStatus
+from service.api_schemas import MODEL, MODELS
 from service.gateway import admit, gateway_of
+from service.openapi import WITHOUT_A_BODY, answers
 
 router = APIRouter()
 _STARTED = int(time.time())
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", responses=answers(MODELS, WITHOUT_A_BODY))
 async def list_models(request: Request) -> dict[str, Any]:
     """List the served model and its adapters."""
     admit(request, "chat", "checks")
@@ -21,7 +23,7 @@ async def list_models(request: Request) -> dict[str, Any]:
     return {"object": "list", "data": [_card(status, name) for name, status in pool.models.items()]}
 
 
-@router.get("/v1/models/{model_id:path}")
+@router.get("/v1/models/{model_id:path}", responses=answers(MODEL, WITHOUT_A_BODY))
 async def retrieve_model(request: Request, model_id: str) -> dict[str, Any]:
     """Describe the served model or an adapter."""
     admit(request, "chat", "checks")

@@ -12,12 +12,13 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
+from service.api_schemas import MODERATIONS
 from service.chat_body import TextPart
 from service.checks import check_all, headers, limit_inputs, of_user
 from service.fields import Strict
 from service.gateway import begin
 from service.moderation import result
-from service.openapi import takes
+from service.openapi import OF_A_BODY, answers, takes
 
 router = APIRouter()
 
@@ -41,7 +42,11 @@ class ModerationBody(Strict):
         return [parts] if parts else [text for text in self.input if isinstance(text, str)]
 
 
-@router.post("/v1/moderations", openapi_extra=takes(ModerationBody))
+@router.post(
+    "/v1/moderations",
+    openapi_extra=takes(ModerationBody),
+    responses=answers(MODERATIONS, OF_A_BODY),
+)
 async def create_moderation(request: Request) -> Response:
     """Say whether texts are unsafe, and generate nothing."""
     arrival = await begin(request, "chat", "checks")

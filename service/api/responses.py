@@ -8,11 +8,12 @@ from fastapi import APIRouter, Request, Response
 
 from service.errors import ApiError
 from service.gateway import admit
+from service.openapi import WITHOUT_A_BODY, answers
 
 router = APIRouter()
 
 
-@router.post("/v1/responses")
+@router.post("/v1/responses", responses=answers(None, WITHOUT_A_BODY), status_code=404)
 async def create_response(request: Request) -> Response:
     """Say that this API is not served."""
     admit(request, "chat")

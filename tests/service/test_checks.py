@@ -128,6 +128,12 @@ async def test_the_detector_contract(tmp_path: Path) -> None:
         ]
 
 
+async def test_a_detector_finds_nothing_in_nothing(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        response = await w.client.post(DETECTOR, json={"contents": ["", ""]}, headers=AS_DETECTOR)
+        assert (response.status_code, response.json()) == (200, [[], []])
+
+
 @pytest.mark.parametrize(
     ("headers", "body", "status"),
     [

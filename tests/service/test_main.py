@@ -77,3 +77,43 @@ def test_a_metrics_port_in_use_is_one_sentence(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", ["0", "70000", "x"])
 def test_a_wrong_metrics_port_is_named(value: str, tmp_path: Path) -> None:
     assert "NEURONGUARD_METRICS_PORT" in refused(tmp_path, NEURONGUARD_METRICS_PORT=value)
+
+
+GOOD = """
+policies:
+  default: {rules: [{above: {fpr: 0.01}, action: refuse}]}
+  trial: {mode: observe}
+"""
+
+
+def check(folder: Path, policy: str, *, command: list[str]) -> subprocess.CompletedProcess[str]:
+    (folder / "policies.yaml").write_text(policy)
+    keys = environment(folder)["NEURONGUARD_KEY_FILE"]
+    (folder / "gateway.yaml").write_text(
+        f"key_file: {keys}\npolicy_file: {folder / 'policies.yaml'}\nport: 1\n"
+    )
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("NEURONGUARD_")}
+    return subprocess.run(
+        [sys.executable, *command, "--config", str(folder / "gateway.yaml"), "--check-config"],
+        env=kept,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["-m", "service"], ["-c", "from guard.cli import main; main()", "gateway"]],
+    ids=["module", "command"],
+)
+def test_a_configuration_can_be_checked_without_serving(command: list[str], tmp_path: Path) -> None:
+    done = check(tmp_path, GOOD, command=command)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "default (enforce), trial (observe)" in done.stdout
+    assert "rules by fpr are checked once" in done.stdout
+    wrong = check(tmp_path, GOOD + "  worse: {mood: bad}\n", command=command)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "policies.yaml, line 5: policies.worse.mood is not a known key" in wrong.stderr
+    assert "Traceback" not in wrong.stderr

@@ -66,3 +66,46 @@ def test_a_missing_key_file_setting_is_named(monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_loopback(host: str, loopback: bool) -> None:
     assert Settings(key_file=Path("k"), host=host).loopback is loopback
+
+
+def file(folder: Path, text: str) -> Path:
+    path = folder / "gateway.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_values_come_from_a_file_too_and_the_environment_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = file(
+        tmp_path, "port: 81\nhost: 10.0.0.1\nengine_url: ['http://a:1', 'http://b:2']\naffinity: true\n"
+    )
+    monkeypatch.setenv("NEURONGUARD_PORT", "82")
+    settings = load_settings(path)
+    assert (settings.port, settings.host, settings.affinity) == (82, "10.0.0.1", True)
+    assert settings.engines == ("http://a:1", "http://b:2")
+    monkeypatch.setenv("NEURONGUARD_CONFIG", str(path))
+    assert load_settings().host == "10.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("host: h\nport: many\n", "line 2: port: "),
+        ("host: h\n\npost: 1\n", "line 3: post: it is not a known setting"),
+        ("port: 1\nport: 2\n", "'port' is given twice"),
+        ("- port", "must be a mapping"),
+        ("{", "not valid YAML"),
+    ],
+)
+def test_a_wrong_file_is_one_sentence_with_the_line(text: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_settings(file(tmp_path, text))
+    assert says in str(caught.value)
+    assert "gateway.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        load_settings(tmp_path / "nowhere.yaml")
