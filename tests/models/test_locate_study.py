@@ -1,23 +1,19 @@
-"""The study of the four methods: which prompts it uses, that it goes on where it stopped, what it writes."""
+"""The study of the four methods: which prompts it uses, and that it goes on where it stopped."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 
 from guard.locate.causal import ALL, SELECTED, measured
-from models.recipe.locate import effects, figures, report
+from models.recipe.locate import effects
 from models.recipe.locate.prompts import EFFECT, POOLS, draw
-from models.recipe.locate.study import PAIRS, Size, Study
+from models.recipe.locate.study import Size, Study
 from models.recipe.sources import TEST_BENIGN, TEST_HARMFUL, TRAIN_BENIGN, TRAIN_HARMFUL
-
-RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 
 def test_units_are_located_on_trained_sources_and_checked_on_unseen_ones_all_with_permissive_licences() -> (
@@ -83,39 +79,3 @@ def test_an_interval_is_of_the_mean() -> None:
     found = effects.interval(np.arange(100.0))
     assert found["mean"] == 49.5
     assert 42 < found["low"] < 47 < 52 < found["high"] < 57
-
-
-@pytest.fixture(scope="module")
-def document() -> Any:
-    return json.loads((RESULTS / "locate.json").read_text("utf-8"))
-
-
-def test_the_report_is_that_of_the_figures_beside_it(document: Any) -> None:
-    assert report.markdown(document) == (RESULTS / "locate.md").read_text("utf-8")
-
-
-def test_pictures_are_drawn_from_the_figures_and_the_report_shows_them(document: Any, tmp_path: Path) -> None:
-    figures.draw(document, tmp_path)
-    text = (RESULTS / "locate.md").read_text("utf-8")
-    drawn = {path.name for path in tmp_path.iterdir()}
-    assert drawn == {file.format(pair=pair.name) for pair in PAIRS for file, _ in figures.NAMES.values()}
-    assert all(f"(../images/{name})" in text for name in drawn)
-    assert all((RESULTS.parent / "images" / name).is_file() for name in drawn)
-
-
-def test_results_hold_figures_and_no_prompt(document: Any) -> None:
-    def texts(value: Any) -> Iterator[str]:
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, dict | list):
-            for each in value.values() if isinstance(value, dict) else value:
-                yield from texts(each)
-
-    assert max(map(len, texts(document))) < 100
-    assert document["pairs"].keys() == {pair.name for pair in PAIRS}
-    assert all(
-        c["prompts"] >= 150
-        for p in document["pairs"].values()
-        for k in p["causal"].values()
-        for c in k.values()
-    )
