@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from guard.bundle import Bundle
+from guard.cli import main
 from guard.sealed import Keyring
 from loadtests.random_model import Reference
 from tests.e2e import servers
@@ -48,6 +49,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_bundle_dir(tiny_model: Path) -> Path:
     directory = tiny_model.parent / "tiny-bundle"
     world.make_bundle(directory, tiny_model)
+    units = tiny_model.parent / "units.json"
+    units.write_text(json.dumps({layer: list(range(0, 176, 2)) for layer in range(4)}))
+    for name, *what in (("quiet", "--zero", "--units", str(units)), ("begun", "--prefix", "Well, ")):
+        command = ["bundle", "patch", str(directory), "--model", str(tiny_model), "--name", name, *what]
+        main([*command, "--out", str(directory)], standalone_mode=False)
     return directory
 
 

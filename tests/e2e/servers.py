@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import yaml
@@ -120,10 +121,12 @@ def engine(
 
 
 @contextlib.contextmanager
-def gateway(engine_url: str, key_file: Path, folder: Path) -> Iterator[str]:
+def gateway(
+    engine_url: str, key_file: Path, folder: Path, served: dict[str, Any] | None = None
+) -> Iterator[str]:
     """A gateway with one API key for each policy; yields its URL when it is ready."""
     port, policies, log = free_port(), folder / "policies.yaml", folder / "gateway.log"
-    policies.write_text(yaml.safe_dump(POLICIES))
+    policies.write_text(yaml.safe_dump(served or POLICIES))
     environment = {
         "NEURONGUARD_ENGINE_URL": engine_url,
         "NEURONGUARD_KEY_FILE": str(key_file),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 
@@ -14,9 +15,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from guard.engine.config import EXTRA_ARG
 from guard.sealed import Keyring
 from guard.verdict import DIRECTIVE_HEADER, VERDICT_HEADER, Decision, Directive, EngineStatus, Rule
+from tests.e2e import patched_world, servers
 from tests.e2e.servers import API_KEYS
 from tests.engine import world
 
+BEARER = {"authorization": f"Bearer {API_KEYS['message']}"}
 CANARY = "model text must not be here"
 
 
@@ -70,6 +73,51 @@ def metric(url, name, **labels):
             if sample.name == name and labels.items() <= sample.labels.items():
                 total += sample.value
     return total
+
+
+class TestPatched:
+    """Flagged requests are answered by the patched model, or begin with given words."""
+
+    @pytest.fixture(scope="class")
+    def gateways(self, stack, key_file, tmp_path_factory):
+        with contextlib.ExitStack() as running:
+            found = {}
+            for name in ("quiet", "begun"):
+                rule = {"above": {"fpr": 0.01}, "action": "patch", "patch": name, "still_unsafe": "pass"}
+                served = servers.POLICIES | {"policies": {"message": {"rules": [rule]}}}
+                served["keys"] = [key for key in served["keys"] if key["policy"] == "message"]
+                folder = tmp_path_factory.mktemp(name)
+                found[name] = running.enter_context(servers.gateway(stack.engine, key_file, folder, served))
+            yield found
+
+    @pytest.mark.parametrize("name", ["quiet", "begun"])
+    def test_only_flagged_requests_are_patched_streamed_or_not(
+        self, gateways, stack, chats, reference, tiny_bundle, name
+    ):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(reference.model.name_or_path)
+        for text, patch in zip(chats, (tiny_bundle.patches[name], None), strict=True):
+            prompt = tokenizer.apply_chat_template([user(text)], add_generation_prompt=True)["input_ids"]
+            (expected,) = patched_world.answers(reference.model, patch, [tuple(prompt)])
+            body = {"model": "tiny", "messages": [user(text)], "max_tokens": 12, "temperature": 0.0}
+            whole = raw(stack, "/v1/chat/completions", body, base=gateways[name], headers=BEARER)
+            assert whole.headers["x-guard-action"] == ("patch" if patch else "pass")
+            assert whole.headers.get("x-guard-patch") == (name if patch else None)
+            said = whole.json()["choices"][0]["message"]["content"]
+            # An unfinished character at the end is shown by one and kept back by the other.
+            assert said.rstrip("\ufffd") == tokenizer.decode(expected, skip_special_tokens=True).rstrip(
+                "\ufffd"
+            )
+            with openai.OpenAI(
+                base_url=f"{gateways[name]}/v1", api_key=API_KEYS["message"], max_retries=0
+            ) as client:
+                stream = client.chat.completions.create(**body, stream=True)
+                parts = [c.choices[0].delta.content or "" for c in stream if c.choices]
+            assert "".join(parts) == said
+        assert metric(gateways[name], "guard_requests_total", action="patch") == 2
+        assert metric(gateways[name], "guard_requests_total", action="pass") == 2
+        assert metric(gateways[name], "guard_bypass_total") == 0
 
 
 class TestOpenAIClient:
