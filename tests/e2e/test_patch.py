@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
+from transformers import AutoModelForCausalLM
 
 from guard import patch as patches
 from guard.bundle import Bundle
+from guard.cli import main
 from guard.engine import selftest
 from guard.engine.config import AUDIENCE_ENV, KEY_FILE_ENV
+from guard.engine.errors import GuardStartupError
 from guard.locate.decoding import greedy
+from guard.locate.twins import folded_twins
 from guard.verdict import Decision, Directive, Rule
+from loadtests import random_model
+from tests.e2e import child
 from tests.e2e.inprocess import ask, guarded, sampling, scheduler, shut_down
 from tests.e2e.patched_world import NEW_TOKENS, PREFIX, answers, donor_of, made, shown
 from tests.engine import world
@@ -224,3 +232,45 @@ def test_log_probabilities_are_those_of_the_patched_model(llm, seal, name):
     (got,) = ask(llm, [PROMPTS[0]], params)
     assert got.verdict.action == "patch"
     assert len(got.output.outputs[0].logprobs) == len(got.tokens)
+
+
+class TestDonorWithWeightsOfItsOwn:
+    """A second checkpoint, loaded beside the served one."""
+
+    @pytest.fixture(scope="class")
+    def donor(self, tmp_path_factory):
+        return random_model.make_model(tmp_path_factory.mktemp("donor") / "donor", world.SIZES, seed=9)
+
+    @pytest.fixture(scope="class")
+    def with_donor(self, tiny_model, tiny_bundle_dir, donor, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("with-donor")
+        units = folder / "units.json"
+        units.write_text(json.dumps({"0": list(range(0, 176, 2)), "2": list(range(90))}))
+        command = ["bundle", "patch", str(tiny_bundle_dir), "--model", str(tiny_model), "--name", "donor"]
+        command += ["--donor", str(donor), "--units", str(units), "--out", str(folder / "bundle")]
+        main(command, standalone_mode=False)
+        return folder / "bundle"
+
+    def test_its_activations_are_taken_over(self, tmp_path, tiny_model, reference, donor, with_donor):
+        patch = Bundle.load(with_donor).patches["donor"]
+        own = AutoModelForCausalLM.from_pretrained(donor, dtype="float32").eval()
+        prompts = PROMPTS[:6]
+        _, twin = folded_twins(reference.model, own)
+        expected = answers(reference.model, patch, [tuple(p) for p in prompts], donor=twin)
+        result = child.run(
+            tmp_path, tiny_model, prompts, bundle=with_donor, patch="donor", max_tokens=NEW_TOKENS,
+            options={"donor": str(donor)},
+        )  # fmt: skip
+        assert [[shown(tokens) for tokens in turn] for turn in result.tokens] == [expected] * 2
+
+    def test_without_it_or_with_another_the_engine_does_not_start(self, with_donor, tiny_model):
+        from guard.engine.donor import load_donor
+
+        card = Bundle.load(with_donor).patches["donor"].card
+        for checkpoint, why in (
+            (None, "name its directory with --guard-donor"),
+            (str(tiny_model), "is not the donor"),
+            ("/nowhere", "there is no such directory"),
+        ):
+            with pytest.raises(GuardStartupError, match=why):
+                load_donor(None, checkpoint, card.donor.weights_sha256)
