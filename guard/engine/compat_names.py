@@ -47,6 +47,9 @@ CALLABLES: Final[dict[str, tuple[str, ...]]] = {
     f"{_PROCESSOR}.add_request": ("request", "prompt", "parent_req", "request_index", "queue"),
     f"{_PROCESSOR}.process_outputs": ("engine_core_outputs",),
     "vllm.distributed.parallel_state:get_tp_group": (),
+    "vllm.v1.core.sched.utils:check_stop": ("request", "max_model_len"),
+    "vllm.v1.request:Request.append_output_token_ids": ("token_ids",),
+    "vllm.v1.request:Request.update_block_hashes": (),
     "vllm.v1.request:Request.take_events": (),
     "vllm.v1.request:Request.take_prefill_stats": (),
     "vllm.v1.request:Request.is_finished": (),
@@ -63,7 +66,14 @@ CALLABLES: Final[dict[str, tuple[str, ...]]] = {
 """Functions that the guard calls, overrides or wraps, each with the parameters it passes on or reads."""
 
 MEMBERS: Final[dict[str, tuple[str, ...]]] = {
-    _SCHEDULER: ("requests", "kv_cache_manager", "vllm_config"),
+    _SCHEDULER: (
+        "kv_cache_manager",
+        "max_model_len",
+        "prev_step_scheduled_req_ids",
+        "requests",
+        "running",
+        "vllm_config",
+    ),
     "vllm.v1.outputs:ModelRunnerOutput": (
         "req_id_to_index",
         "sampled_token_ids",
@@ -74,6 +84,7 @@ MEMBERS: Final[dict[str, tuple[str, ...]]] = {
         "request_id",
         "new_token_ids",
         "new_logprobs",
+        "new_prompt_logprobs_tensors",
         "finish_reason",
         "stop_reason",
         "events",
@@ -85,10 +96,12 @@ MEMBERS: Final[dict[str, tuple[str, ...]]] = {
     "vllm.v1.engine:EngineCoreRequest": ("request_id", "prompt_token_ids", "sampling_params"),
     "vllm.v1.core.sched.output:SchedulerOutput": ("num_scheduled_tokens", "finished_req_ids"),
     "vllm.v1.request:Request": (
+        "block_hashes",
         "cache_salt",
         "client_index",
         "drop_stale_output",
         "lora_request",
+        "max_tokens",
         "mm_features",
         "num_prompt_tokens",
         "num_stale_output_tokens",
