@@ -116,6 +116,7 @@ from guard.commands import options
 )
 @options.apart
 @click.option("--seed", type=int, default=0, show_default=True)
+@options.strict
 @click.option("--dry-run", is_flag=True, help="Read and check everything, say what would be done, stop.")
 @options.running
 @options.capturing
@@ -127,6 +128,7 @@ def fit(
     hard_data: tuple[Path, ...],
     out: Path,
     units: str,
+    strict: bool,
     dry_run: bool,
     label: Any,
     max_units: int,
@@ -171,12 +173,12 @@ def fit(
         raise click.UsageError("--engine-option is for vLLM; give it with --capture engine")
     if out.exists() and not (out / CARD_FILE).is_file():
         raise click.UsageError(f"{out} exists and is not a bundle; choose another --out")
-    evaluation = load("evaluate", eval_data) if eval_data else None
+    evaluation = load("evaluate", eval_data, strict=strict) if eval_data else None
     # Evaluation prompts are barred from both other roles, threshold prompts from fitting.
-    threshold = load("threshold", threshold_data, barred=[evaluation] if evaluation else [])
+    threshold = load("threshold", threshold_data, strict=strict, barred=[evaluation] if evaluation else [])
     reserved = [threshold, *([evaluation] if evaluation else [])]
-    hard = load("fit", hard_data, barred=reserved) if hard_data else None
-    fitting = load("fit", data, barred=[*reserved, *([hard] if hard else [])])
+    hard = load("fit", hard_data, strict=strict, barred=reserved) if hard_data else None
+    fitting = load("fit", data, strict=strict, barred=[*reserved, *([hard] if hard else [])])
     for dataset in (fitting, *([hard] if hard else []), *reserved):
         click.echo(("hard negatives, " if dataset is hard else "") + options.describe(dataset))
     subject = options.subject(model, running)

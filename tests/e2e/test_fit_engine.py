@@ -104,6 +104,22 @@ def test_a_second_fit_starts_no_engine(
     assert Bundle.load(home / "again").digest == Bundle.load(bundle).digest
 
 
+def test_what_the_engine_has_read_is_not_taken_for_what_transformers_would(
+    planted: worlds.Planted, bundle: Path
+) -> None:
+    options = (
+        "fit", "--model", planted.model, "--data", planted.fit, "--threshold-data", planted.threshold,
+        "--units", planted.neurons, "--label", "harmful_prompt", "--out", bundle.with_name("other"),
+        "--dtype", "bfloat16", "--dry-run",
+    )  # fmt: skip
+    assert "activations of 1000 to read, 0 cached" in run(*options).output
+    engine = ("--capture", "engine", "--engine-option", "block_size=32")
+    # Another option may make the engine compute otherwise.
+    assert "activations of 1000 to read, 0 cached" in run(*options, *engine).output
+    same = (*engine, "--engine-option", "num_gpu_blocks_override=100")
+    assert "activations of 0 to read, 1000 cached" in run(*options, *same).output
+
+
 def test_a_vllm_that_does_not_start_ends_in_one_sentence(home: Path, planted: worlds.Planted) -> None:
     result = run(
         "fit", "--model", planted.model, "--data", planted.fit, "--threshold-data", planted.threshold,

@@ -137,6 +137,17 @@ def test_harmful_prompts_are_no_hard_negatives(planted: worlds.Planted, tmp_path
     assert "those of s are labelled harmful" in result.output
 
 
+def test_strict_data_with_a_problem_stop_a_fit_in_every_role(planted: worlds.Planted, tmp_path: Path) -> None:
+    for role in ("fit", "threshold"):
+        broken = tmp_path / f"{role}.jsonl"
+        broken.write_text(getattr(planted, role).read_text() + "{\n")
+        changed = planted._replace(**{role: broken})
+        result = run(*fitting(changed, tmp_path / "b", "--strict"))
+        assert result.exit_code == 1
+        assert f"{role}.jsonl, line {len(rows(getattr(planted, role))) + 1}" in result.output
+        assert not (tmp_path / "b").exists()
+
+
 def test_what_nearly_equals_a_threshold_prompt_is_not_fitted_on(
     planted: worlds.Planted, tmp_path: Path
 ) -> None:
