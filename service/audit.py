@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,7 +83,7 @@ class AuditRecord:
     def write(self, event: Literal["answer", "end"]) -> None:
         """Log one of the two lines. Raises OSError when it cannot be written."""
         answered, self.event = self.event == "answer", event
-        fields: dict[str, Any] = asdict(self)
+        fields: dict[str, Any] = vars(self)
         if event == "end" and answered:
             fields = {name: fields[name] for name in AT_THE_END}
         logger.info(json.dumps(fields, separators=(",", ":")))

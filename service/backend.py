@@ -28,6 +28,10 @@ _KEEPALIVE = 2.0
 _CONNECT_RETRIES = 2
 
 
+_AGENT = {"accept-encoding": "identity", "user-agent": "neuronguard-gateway"}
+_HEADERS = _AGENT | {"content-type": "application/json", "accept": "*/*"}
+
+
 class BackendError(Exception):
     """The engine did not answer."""
 
@@ -122,15 +126,19 @@ class Backend:
             max_keepalive_connections=settings.max_connections,
             keepalive_expiry=_KEEPALIVE,
         )
-        self._requests = self._client(
-            transport
-            or httpx.AsyncHTTPTransport(
-                limits=limits, retries=0 if len(settings.engines) > 1 else _CONNECT_RETRIES
-            )
+        # The transport itself: what a client adds (redirects, cookies, authentication) is not wanted here and
+        # costs as much as the gateway's own work.
+        self._transport = transport or httpx.AsyncHTTPTransport(
+            limits=limits, retries=0 if len(settings.engines) > 1 else _CONNECT_RETRIES, trust_env=False
         )
+        self._urls: dict[str, httpx.URL] = {}
+        connect = settings.connect_timeout
+        # Reading has deadlines of its own, which depend on what is read.
+        timeout = {"connect": connect, "pool": connect, "write": settings.body_timeout, "read": None}
+        self._extensions = {"timeout": timeout}
         # Its own connection, so that a full pool of requests cannot make the engine look dead.
         self._status = self._client(
-            transport or httpx.AsyncHTTPTransport(limits=httpx.Limits(max_connections=1))
+            transport or httpx.AsyncHTTPTransport(limits=httpx.Limits(max_connections=1), trust_env=False)
         )
 
     def _client(self, transport: httpx.AsyncBaseTransport) -> httpx.AsyncClient:
@@ -142,7 +150,7 @@ class Backend:
             timeout=httpx.Timeout(
                 connect=connect, pool=connect, write=self._settings.body_timeout, read=None
             ),
-            headers={"accept-encoding": "identity", "user-agent": "neuronguard-gateway"},
+            headers=_AGENT,
             trust_env=False,  # a proxy from the environment must not see prompts
             follow_redirects=False,
         )
@@ -166,12 +174,13 @@ class Backend:
         self.outstanding -= 1
 
     async def _send(self, path: str, body: bytes, headers: dict[str, str], deadline: float) -> httpx.Response:
-        request = self._requests.build_request(
-            "POST", path, content=body, headers={"content-type": "application/json", **headers}
+        url = self._urls.get(path) or self._urls.setdefault(path, httpx.URL(self._url + path))
+        request = httpx.Request(
+            "POST", url, headers=_HEADERS | headers, content=body, extensions=self._extensions
         )
         try:
             async with asyncio.timeout(deadline):
-                return await self._requests.send(request, stream=True)
+                return await self._transport.handle_async_request(request)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
             raise UnreachableError(f"the engine cannot be reached ({type(error).__name__})") from error
         except (TimeoutError, httpx.TimeoutException) as error:
@@ -212,5 +221,5 @@ class Backend:
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._requests.aclose()
+        await self._transport.aclose()
         await self._status.aclose()

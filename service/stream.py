@@ -75,6 +75,11 @@ class AnswerWatch:
         if payload == b"[DONE]":
             self.finished = True
             return
+        # A model's text is not looked at: it is a JSON object by its ends, or something else altogether.
+        if not (payload.startswith(b"{") and payload.endswith(b"}")):
+            raise StreamError("a frame of the stream is not a JSON object")
+        if self.head and b'"usage"' not in payload and b'"error"' not in payload:
+            return
         value = parse_json_object(payload)
         if value is None:
             raise StreamError("a frame of the stream is not a JSON object")

@@ -270,7 +270,7 @@ async def test_backend_down_without_sockets_is_the_same_error(tmp_path: Path) ->
         def refuse(request: httpx.Request) -> httpx.Response:
             raise httpx.ConnectError("no", request=request)
 
-        w.watch.backend._requests._transport = httpx.MockTransport(refuse)
+        w.watch.backend._transport = httpx.MockTransport(refuse)
         for _ in range(2):  # what failed no longer counts as being at the engine
             response = await w.client.post(CHATS, json=CHAT)
             assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_unreachable")
