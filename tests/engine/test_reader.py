@@ -108,6 +108,8 @@ def test_a_prompt_that_was_seen_before_is_read_again(reader: Any) -> None:
     asked = prompts(3, words=20)
     first = reader.features(UNITS, asked)
     np.testing.assert_allclose(reader.features(UNITS, [*asked, asked[0]]), first[[0, 1, 2, 0]], atol=1e-4)
+    # Nothing is kept once it was handed over.
+    assert [recorded.rows for recorded in reader._llm.collective_rpc("take_recorded")] == [{}]
 
 
 def test_an_engine_that_reads_nothing_is_noticed(reader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
