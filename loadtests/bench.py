@@ -25,6 +25,7 @@ from guard.lab import resolve
 from loadtests import grid, random_model
 from loadtests.batches import batches, with_threshold
 from loadtests.first_token import measure
+from loadtests.gateway.__main__ import run as measure_gateway
 from loadtests.pairs import Child, Interval, run_pairs
 
 LARGE = {
@@ -136,10 +137,10 @@ def table(results: dict[str, Any]) -> str:
 )
 @click.option(
     "--part",
-    type=click.Choice(["all", "pairs", "grid"]),
+    type=click.Choice(["all", "pairs", "grid", "gateway"]),
     default="all",
     show_default=True,
-    help="two models in detail; or models, units and batches of several sizes",
+    help="two models in detail; models, units and batches of several sizes; or the gateway before a mock",
 )
 @click.option(
     "--grid-seconds", default=20.0, show_default=True, help="CPU seconds for each figure of that grid"
@@ -163,6 +164,9 @@ def main(
 ) -> None:
     """Run the benchmark, write JSON and tables; what was measured is kept after every model."""
     out.mkdir(parents=True, exist_ok=True)
+    if part == "gateway":
+        click.echo(measure_gateway(out=out))
+        return
     with tempfile.TemporaryDirectory() as folder:
         if part != "grid":
             results: dict[str, Any] = {"models": {}, "pairs": pairs, "machine": machine()}

@@ -152,9 +152,22 @@ def table(found: dict[str, Any], streamed: dict[str, Any]) -> str:
 @click.option(
     "--litellm", type=click.Path(path_type=Path), help="The command litellm of an installation with [proxy]."
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for gateway.json and gateway.md.")
-def main(blocks: int, requests: int, streams: int, litellm: Path | None, out: Path | None) -> None:
+@click.option("--pause-ms", default=1000, help="Between two chunks of a stream.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("results/gateway"), show_default=True)
+def main(blocks: int, requests: int, streams: int, pause_ms: int, litellm: Path | None, out: Path) -> None:
     """Measure and print a table."""
+    click.echo(run(blocks, requests, streams, pause_ms, litellm, out))
+
+
+def run(
+    blocks: int = 5,
+    requests: int = 300,
+    streams: int = 1000,
+    pause_ms: int = 1000,
+    litellm: Path | None = None,
+    out: Path = Path("results/gateway"),
+) -> str:
+    """Measure, write ``gateway.json`` and ``gateway.md`` into ``out``, and return the second."""
     with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as name:
         folder, start = Path(name), stack.enter_context
         Keyring.generate().save(folder / "keys")
@@ -185,23 +198,22 @@ def main(blocks: int, requests: int, streams: int, litellm: Path | None, out: Pa
                     "/health/liveliness",
                     folder / "litellm.log",
                     LITELLM_LOG="ERROR",
+                    LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY="true",
                 )
             )
         found = measure(servers, blocks, requests)
         streamed = {
-            name: load(servers[name], streams=streams, chunks=20, pause_ms=1000)
+            name: load(servers[name], streams=streams, chunks=20, pause_ms=pause_ms)
             for name in ("backend", "gateway")
             if streams
         }
     facts = {"python": platform.python_version(), "cores": os.cpu_count(), "load": os.getloadavg()}
     text = table(found, streamed)
-    click.echo(text)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "gateway.json").write_text(
-            json.dumps({"facts": facts, "servers": found, "streams": streamed}, indent=1)
-        )
-        (out / "gateway.md").write_text(text)
+    out.mkdir(parents=True, exist_ok=True)
+    document = {"facts": facts, "servers": found, "streams": streamed}
+    (out / "gateway.json").write_text(json.dumps(document, indent=1) + "\n")
+    (out / "gateway.md").write_text(text)
+    return text
 
 
 def _free_port() -> int:
