@@ -28,6 +28,7 @@ def document(study: Study) -> dict[str, Any]:
     return {
         "versions": versions(),
         "size": study.size.__dict__,
+        "costs": study.part(["costs"], lambda: sets.costs(study)),
         "pairs": {pair.name: _pair(study, pair) for pair in PAIRS},
     }
 

@@ -214,24 +214,16 @@ def _change(found: Figures) -> str:
 
 
 def _cost(document: Figures) -> Iterable[str]:
-    rows = []
-    for name, pair in document["pairs"].items():
-        for method in ORDER:
-            cost = pair["methods"][method]["cost"]
-            rows.append(
-                (
-                    name,
-                    method,
-                    f"{cost['forward_passes']:,.0f}",
-                    f"{cost['tokens']:,.0f}",
-                    f"{cost['seconds']:.0f}",
-                )
-            )
-    yield _rows(rows, "pair", "method", "forward passes", "tokens", "seconds")
+    rows = [
+        (method, f"{cost['forward_passes']:,.0f}", f"{cost['tokens']:,.0f}", f"{cost['cpu_seconds']:.0f}")
+        for method, cost in document["costs"].items()
+    ]
+    yield _rows(rows, "method", "forward passes", "tokens", "CPU seconds")
     yield (
-        "One run of each method, nothing taken from a cache, float32 on one thread of a shared core, loading "
-        "the model left out. A forward pass is one text through one whole model, each token once (half the "
-        "blocks count half). `heads` searches a group of three greedily: three sweeps over all heads."
+        "One run of each method on the co-adapted pair, one after the other in one process, nothing taken from "
+        "a cache; float32, CPU time of one thread, loading the models included. A forward pass is one text "
+        "through one whole model, each token once (half the blocks count half). `heads` searches a group of "
+        "three greedily: three sweeps over all heads."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from guard.locate.compare import Comparison, compare
 from guard.locate.unit_set import UnitSet, top
 from models.recipe.corpus import Label
 from models.recipe.locate.prompts import dataset
-from models.recipe.locate.study import RECIPIENT, Pair, Study
+from models.recipe.locate.study import PAIRS, RECIPIENT, Pair, Study
 
 METHODS = ("contrast", "importance", "heads", "capacity")
 SAMPLES = ("first-0", "first-1", "first-2", "second-0")
@@ -48,6 +49,17 @@ def _run(study: Study, pair: Pair, method: str, sample: str) -> UnitSet:
     if method == "importance":
         return importance.run(donor, data, importance.ImportanceOptions())
     return capacity.run(donor, data, capacity.CapacityOptions())
+
+
+def costs(study: Study) -> dict[str, dict[str, float]]:
+    """What each method costs on the first pair, one after the other in one process, in CPU time too."""
+    found = {}
+    for method in METHODS:
+        print("cost:", method, flush=True)
+        began = time.process_time()
+        cost = _run(study, PAIRS[0], method, SAMPLES[0]).provenance.cost
+        found[method] = {**cost, "cpu_seconds": time.process_time() - began}
+    return found
 
 
 def neurons(study: Study, found: UnitSet) -> UnitSet:
