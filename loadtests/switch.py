@@ -13,9 +13,7 @@ from collections import OrderedDict
 from types import FunctionType
 from typing import Any
 
-from guard.engine.config import GuardConfig
 from guard.engine.scheduler import GuardMixin
-from guard.engine.taps import site_layers
 from guard.engine.worker import GuardWorker
 
 _LAYOUT_METHODS = ("_prepare_inputs", "prepare_inputs")
@@ -30,9 +28,12 @@ class Switch:
         scheduler = engine.engine_core.engine_core.scheduler
         if not (isinstance(worker, GuardWorker) and isinstance(scheduler, GuardMixin)):
             raise ValueError("this engine has no guard to turn off")
-        card = GuardConfig.of(worker.vllm_config).load_bundle().card
-        self._layers = list(site_layers(card, worker.model_runner.get_model()).values())
-        self._hooks = [layer._forward_pre_hooks for layer in self._layers]
+        # vLLM puts no hook on a layer: all there are belong to taps and patches.
+        self._hooks = [
+            (layer, layer._forward_pre_hooks, layer._forward_hooks)
+            for layer in worker.model_runner.get_model().modules()
+            if layer._forward_pre_hooks or layer._forward_hooks
+        ]
         self._runner = vars(worker.model_runner)
         self._layout = {name: self._runner[name] for name in _LAYOUT_METHODS if name in self._runner}
         self._plain = [(vars(worker), _behind(GuardWorker, worker)),
@@ -42,8 +43,8 @@ class Switch:
         """Plain vLLM from the next batch on."""
         for attributes, methods in self._plain:
             attributes.update(methods)
-        for layer in self._layers:
-            layer._forward_pre_hooks = OrderedDict()
+        for layer, *_ in self._hooks:
+            layer._forward_pre_hooks, layer._forward_hooks = OrderedDict(), OrderedDict()
         for name in self._layout:
             self._runner.pop(name, None)
 
@@ -52,8 +53,8 @@ class Switch:
         for attributes, methods in self._plain:
             for name in methods:
                 attributes.pop(name, None)
-        for layer, hooks in zip(self._layers, self._hooks, strict=True):
-            layer._forward_pre_hooks = hooks
+        for layer, before, after in self._hooks:
+            layer._forward_pre_hooks, layer._forward_hooks = before, after
         self._runner.update(self._layout)
 
 
