@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from guard.sealed import Keyring, SealError
 from guard.verdict import STATUS_PATH, STATUS_SEAL_HEADER, EngineStatus
+from service.aiohttp_transport import AiohttpTransport
 from service.settings import Settings
 
 _MAX_STATUS_BYTES = 1 << 20
@@ -23,9 +24,9 @@ _MAX_ERROR_BYTES = 1 << 16
 # vLLM's server closes idle connections after five seconds; a connection must be given up before that, or now
 # and then a request would be sent into one that is just being closed.
 _KEEPALIVE = 2.0
-# Where no connection was made nothing was sent, so trying again is safe: at once, then half a second later.
-# With several engines another one is tried instead.
-_CONNECT_RETRIES = 2
+# Where no connection was made nothing was sent, so trying again is safe: at once, half a second later,
+# and then a second. With several engines another one is tried instead.
+_CONNECT_RETRIES = 3
 
 
 _AGENT = {"accept-encoding": "identity", "user-agent": "neuronguard-gateway"}
@@ -121,21 +122,14 @@ class Backend:
         self._keys = keys
         self.outstanding = 0
         """Requests at the engine whose answers are not closed yet."""
-        limits = httpx.Limits(
-            max_connections=settings.max_connections,
-            max_keepalive_connections=settings.max_connections,
-            keepalive_expiry=_KEEPALIVE,
-        )
-        # The transport itself: what a client adds (redirects, cookies, authentication) is not wanted here and
-        # costs as much as the gateway's own work.
-        self._transport = transport or httpx.AsyncHTTPTransport(
-            limits=limits, retries=0 if len(settings.engines) > 1 else _CONNECT_RETRIES, trust_env=False
+        # The transport itself: what a client adds (redirects, cookies, authentication) is not wanted here.
+        self._transport = transport or AiohttpTransport(
+            connections=settings.max_connections,
+            keepalive=_KEEPALIVE,
+            connect_timeout=settings.connect_timeout,
+            retries=0 if len(settings.engines) > 1 else _CONNECT_RETRIES,
         )
         self._urls: dict[str, httpx.URL] = {}
-        connect = settings.connect_timeout
-        # Reading has deadlines of its own, which depend on what is read.
-        timeout = {"connect": connect, "pool": connect, "write": settings.body_timeout, "read": None}
-        self._extensions = {"timeout": timeout}
         # Its own connection, so that a full pool of requests cannot make the engine look dead.
         self._status = self._client(
             transport or httpx.AsyncHTTPTransport(limits=httpx.Limits(max_connections=1), trust_env=False)
@@ -175,9 +169,7 @@ class Backend:
 
     async def _send(self, path: str, body: bytes, headers: dict[str, str], deadline: float) -> httpx.Response:
         url = self._urls.get(path) or self._urls.setdefault(path, httpx.URL(self._url + path))
-        request = httpx.Request(
-            "POST", url, headers=_HEADERS | headers, content=body, extensions=self._extensions
-        )
+        request = httpx.Request("POST", url, headers=_HEADERS | headers, content=body)
         try:
             async with asyncio.timeout(deadline):
                 return await self._transport.handle_async_request(request)

@@ -64,7 +64,7 @@ class Settings(BaseSettings):
     """Where spans are sent by OTLP over HTTP, path included; needs ``neuronguard[otlp]``."""
 
     connect_timeout: float = Field(default=5.0, gt=0)
-    """To reach the engine, each of up to three times."""
+    """To reach the engine, each of up to four times."""
     verdict_timeout: float = Field(default=60.0, gt=0)
     """From sending a streamed or check-only request to its verdict: queueing and prefill."""
     answer_timeout: float = Field(default=1800.0, gt=0)
