@@ -220,8 +220,8 @@ def _cost(document: Figures) -> Iterable[str]:
     ]
     yield _rows(rows, "method", "forward passes", "tokens", "CPU seconds")
     yield (
-        "One run of each method on the co-adapted pair, one after the other in one process, nothing taken from "
-        "a cache; float32, CPU time of one thread, loading the models included. A forward pass is one text "
+        "One run of each method on the co-adapted pair, one after the other in one process, nothing taken "
+        "from a cache; float32, CPU time of one thread, loading the models included. A forward pass is one text "
         "through one whole model, each token once (half the blocks count half). `heads` searches a group of "
         "three greedily: three sweeps over all heads."
     )
