@@ -41,7 +41,7 @@ def markdown(document: Figures) -> str:
 def _pair(name: str, pair: Figures, document: Figures) -> Iterable[str]:
     digests = ", ".join(f"`{model}` (weights `{sha[:12]}`)" for model, sha in pair["models"].items())
     yield f"## {TITLES[name]}"
-    yield f"{pair['about'].capitalize()}. {digests}."
+    yield f"{pair['about'][0].upper()}{pair['about'][1:]}. {digests}."
     yield "### What each method selects"
     yield _selected(pair["methods"])
     yield from _pictures(name, ("layers",))
@@ -220,10 +220,10 @@ def _cost(document: Figures) -> Iterable[str]:
     ]
     yield _rows(rows, "method", "forward passes", "tokens", "CPU seconds")
     yield (
-        "One run of each method on the co-adapted pair, one after the other in one process, nothing taken from "
-        "a cache; float32, CPU time of one thread, loading the models included. A forward pass is one text "
-        "through one whole model, each token once (half the blocks count half). `heads` searches a group of "
-        "three greedily: three sweeps over all heads."
+        "One run of each method on the co-adapted pair, one after the other in one process, nothing taken "
+        "from a cache; float32, CPU time of one thread, loading the models included. A forward pass is one "
+        "text through one whole model, each token once (half the blocks count half). `heads` searches a "
+        "group of three greedily: three sweeps over all heads."
     )
 
 
