@@ -161,7 +161,9 @@ class TestHiddenLayer:
         known = card.self_test.model_copy(
             update={"logits": {"float32": tuple(scorer.logits(asked).tolist())}}
         )
-        return Bundle(card.model_copy(update={"probe": "mlp", "self_test": known}), scorer)
+        return Bundle(
+            card.model_copy(update={"probe": "mlp", "self_test": known}), scorer, tiny_bundle.patches.values()
+        )
 
     def test_scores_and_answers_are_right(self, tmp_path, tiny_model, bundle, prompts, reference):
         features = np.stack([reference.features(prompt) for prompt in prompts])

@@ -300,7 +300,9 @@ def changed_bundle(tiny_bundle, tmp_path):
     """A bundle whose probe was changed after its self-test was recorded."""
     weight = tiny_bundle.scorer.weight.copy()
     weight[0, 3] += 0.5
-    return Bundle(tiny_bundle.card, Scorer(weight, tiny_bundle.scorer.bias)).save(tmp_path / "bundle")
+    return Bundle(
+        tiny_bundle.card, Scorer(weight, tiny_bundle.scorer.bias), tiny_bundle.patches.values()
+    ).save(tmp_path / "bundle")
 
 
 def test_engine_that_scores_otherwise_answers_nobody(tiny_model, tiny_bundle, changed_bundle):
