@@ -57,7 +57,9 @@ def answers(
     if schema is not None:
         content: dict[str, Any] = {"application/json": {"schema": schema}}
         if stream:
-            content["text/event-stream"] = {"schema": {"type": "string"}}
+            # Of one event: its data is a chunk as JSON, or [DONE].
+            event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+            content["text/event-stream"] = {"schema": event}
         found[200] = {"description": "The answer.", "content": content}
     error = {"application/json": {"schema": {"$ref": _REF.format(model=shape)}}}
     for status in errors:
