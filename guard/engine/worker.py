@@ -17,8 +17,7 @@ from vllm.platforms import current_platform
 
 from guard.engine.buffers import PendingScores
 from guard.engine.config import GuardConfig
-from guard.engine.donor import Donor, dynamic_patches
-from guard.engine.errors import GuardStartupError
+from guard.engine.donor import Donor, dynamic_patches, refuse_donor
 from guard.engine.outputs import IDLE_ATTRIBUTE, PREFIX_ATTRIBUTE, SLOTS_ATTRIBUTE, attach
 from guard.engine.patches import Patches
 from guard.engine.quantisation import refuse_fused
@@ -58,13 +57,9 @@ class GuardWorker(PlatformWorker):
             "replayed": is_replayed(self.vllm_config),
             "rank": group.rank_in_group,
         }
+        refuse_donor(bundle, self.vllm_config, replayed=common["replayed"])
         donor = None
         if dynamic_patches(bundle):
-            if common["replayed"]:
-                raise GuardStartupError(
-                    "patches from a donor run in eager mode only; start with --enforce-eager, or take the "
-                    "dynamic patches out of the bundle"
-                )
             with set_current_vllm_config(self.vllm_config):
                 donor = Donor(bundle, model, self.vllm_config, config.donor)
         self.taps = Taps(

@@ -251,7 +251,8 @@ class TestDonorWithWeightsOfItsOwn:
         main(command, standalone_mode=False)
         return folder / "bundle"
 
-    def test_its_activations_are_taken_over(self, tmp_path, tiny_model, reference, donor, with_donor):
+    @pytest.mark.parametrize("ranks", [1, 2])
+    def test_its_activations_are_taken_over(self, tmp_path, tiny_model, reference, donor, with_donor, ranks):
         patch = Bundle.load(with_donor).patches["donor"]
         own = AutoModelForCausalLM.from_pretrained(donor, dtype="float32").eval()
         prompts = PROMPTS[:6]
@@ -259,7 +260,8 @@ class TestDonorWithWeightsOfItsOwn:
         expected = answers(reference.model, patch, [tuple(p) for p in prompts], donor=twin)
         result = child.run(
             tmp_path, tiny_model, prompts, bundle=with_donor, patch="donor", max_tokens=NEW_TOKENS,
-            options={"donor": str(donor)},
+            options={"donor": str(donor), "tensor_parallel_size": ranks},
+            environment={"VLLM_CPU_OMP_THREADS_BIND": "|".join("01"[:ranks])},
         )  # fmt: skip
         assert [[shown(tokens) for tokens in turn] for turn in result.tokens] == [expected] * 2
 

@@ -11,11 +11,16 @@ from hypothesis import strategies as st
 
 from guard.verdict import Action, Decision, Rule
 
-Order = Literal["none", "enforce", "observe", "check", "open", "forged", "patch", "stubborn", "begin"]
+Order = Literal[
+    "none", "enforce", "observe", "check", "open", "forged", "patch", "other", "stubborn", "begin"
+]
 """The directive that a request carries.
 
-``patch`` is patched and then safe, ``stubborn`` patched and still unsafe, ``begin`` begins with given words.
+``patch`` and ``other`` are patched in two ways and then safe, ``stubborn`` patched as ``patch`` and still
+unsafe, ``begin`` begins with given words.
 """
+SLOTS: dict[Order, int] = {"patch": 1, "other": 3}
+"""Numbers of their patches in the bundle."""
 Score = Literal["low", "high", "nan", "missing"]
 LOGIT = 20.0
 """Far from every threshold."""
@@ -23,13 +28,14 @@ LONGEST = 300
 PREFIX = (7, 8, 9)
 """Tokens of those words."""
 PATCHED = 500
-"""Added to a request's number in the tokens of a patched model."""
+"""Times the number of the patch, added to a request's number in the tokens of a patched model."""
 DECISIONS: dict[Order, Decision] = {
     "enforce": Decision(policy="p", mode="enforce", rules=(Rule(above=0.5, action="refuse"),)),
     "observe": Decision(policy="p", mode="observe", rules=(Rule(above=0.5, action="refuse"),)),
     "check": Decision(policy="p", mode="check", rules=(Rule(above=0.5, action="refuse"),)),
     "open": Decision(policy="p", mode="enforce", rules=()),
     "patch": Decision(policy="p", rules=(Rule(above=0.5, action="patch", patch="zero"),)),
+    "other": Decision(policy="p", rules=(Rule(above=0.5, action="patch", patch="half"),)),
     "stubborn": Decision(policy="p", rules=(Rule(above=0.5, action="patch", patch="zero"),)),
     "begin": Decision(policy="p", rules=(Rule(above=0.5, action="patch", patch="words"),)),
 }
@@ -79,12 +85,12 @@ class Asked:
             return "checked"
         if self.score != "high" or self.order in ("open", "observe"):
             return "pass"
-        return "patch" if self.order in ("patch", "begin") else "refuse"
+        return "patch" if self.order in (*SLOTS, "begin") else "refuse"
 
     def answer(self, number: int) -> list[int]:
         """The tokens that the model gives when it runs alone."""
         first = list(PREFIX) if self.action == "patch" and self.order == "begin" else []
-        whose = number + PATCHED * (self.action == "patch" and self.order == "patch")
+        whose = number + PATCHED * (SLOTS.get(self.order, 0) if self.action == "patch" else 0)
         positions = range(self.length + len(first), self.length + self.max_tokens)
         return [*first, *(token(whose, position) for position in positions)][: self.max_tokens]
 
@@ -120,7 +126,7 @@ ASKED = st.builds(
             "open",
             "forged",
             "patch",
-            "patch",
+            "other",
             "stubborn",
             "begin",
         )

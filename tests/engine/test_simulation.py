@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, event, given, settings
 from guard.patch import prefix, stored
 from guard.patch_card import PatchSite
 from tests.engine import world
-from tests.engine.schedules import PREFIX, SCHEDULES, Asked, Order, Schedule, Score
+from tests.engine.schedules import PREFIX, SCHEDULES, SLOTS, Asked, Order, Schedule, Score
 
 pytestmark = [  # vLLM and its dependencies warn a lot
     pytest.mark.filterwarnings("ignore"),
@@ -77,8 +78,10 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     model = world.make_model(root / "model")
     bundle = world.make_bundle(root / "bundle", model)
     shape = bundle.card.model.shape
-    zero = stored("zero", [PatchSite(layer=0, kind="mlp", units=(0, 1))], shape, scale=0.0)
-    bundle.with_patch(zero).with_patch(prefix("words", "some words", PREFIX)).save(root / "bundle")
+    sites = [PatchSite(layer=0, kind="mlp", units=(0, 1))]
+    words = prefix("words", "some words", PREFIX)
+    zero, half = (stored(name, sites, shape, scale=scale) for name, scale in (("zero", 0.0), ("half", 0.5)))
+    bundle.with_patch(zero).with_patch(words).with_patch(half).save(root / "bundle")
     with pytest.MonkeyPatch.context() as patch:
         yield World(model, root / "bundle", root / "keys", patch)
 
@@ -184,12 +187,36 @@ def test_each_awkward_moment_is_reached_and_changes_nothing(simulated: Any, case
     assert engine.preempted == ({number} if case.startswith("preempted") else set())
 
 
-@pytest.mark.parametrize("order", ["patch", "stubborn", "begin"])
+@pytest.mark.parametrize("order", ["patch", "other", "stubborn", "begin"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_request_that_is_patched_survives_each_of_them(simulated: Any, case: str, order: Order) -> None:
+    """Among them: its flag falls in the step in which it is preempted."""
     mode, asked, others = CASES[case]
     patched = replace(asked, score="high", order=order)
-    run(simulated, mode, replace(others, asked=(*others.asked, patched)))
+    engine = run(simulated, mode, replace(others, asked=(*others.asked, patched)))
+    # What its verdict ends, or the second run delays, does not come about for it.
+    if "in flight of the step that judges it" in case or case.startswith("aborted while"):
+        assert engine.seen[case] > 0
+        number = str(len(others.asked))
+        assert engine.preempted == ({number} if case.startswith("preempted") else set())
+
+
+@pytest.mark.parametrize("orders", list(permutations(("none", "patch", "other"))))
+@pytest.mark.parametrize("mode", ["synchronous", "asynchronous", "asynchronous, second runner"])
+def test_copies_of_a_prompt_share_blocks_with_those_under_the_same_patch_alone(
+    simulated: Any, mode: str, orders: tuple[Order, ...]
+) -> None:
+    """One after the other over a warm cache, each twice; the content of blocks is checked in every step."""
+    asked = tuple(
+        Asked(length=100, shared=100, order=order, score="high", max_tokens=4, arrives=12 * place)
+        for place, order in enumerate((*orders, *orders))
+    )
+    taken = run(simulated, mode, Schedule(asked)).runner.blocks.taken
+    whole = 96  # of 100 tokens: six blocks
+    for number, order in enumerate((*orders, *orders)):
+        first = (0, whole if number else 0)
+        second = [(SLOTS[order], whole if number >= len(orders) else 0)] if order in SLOTS else []
+        assert taken[str(number)] == [first, *second]
 
 
 @pytest.mark.parametrize("mode", MODES)

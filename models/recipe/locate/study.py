@@ -71,13 +71,7 @@ class Study:
 
     def part(self, key: Any, compute: Callable[[], Any]) -> Any:
         """A JSON document: read back, or computed now and kept."""
-        cache, whole = Cache(self.store), self.key(key)
-        found = cache.texts("parts", whole)
-        if found is None:
-            cache.keep_texts("parts", whole, [json.dumps(compute(), allow_nan=False)])
-            found = cache.texts("parts", whole)
-        assert found is not None
-        return json.loads(found[0])
+        return kept(self.store, self.key(key), compute)
 
     def key(self, key: Any) -> Any:
         """All that a part depends on: besides its own key the models, sizes and versions."""
@@ -100,3 +94,14 @@ class Study:
     @cached_property
     def _opened(self) -> dict[str, Checkpoint]:
         return {}
+
+
+def kept(store: Path, key: Any, compute: Callable[[], Any]) -> Any:
+    """A JSON document under all that it depends on: read back, or computed now and kept."""
+    cache = Cache(store)
+    found = cache.texts("parts", key)
+    if found is None:
+        cache.keep_texts("parts", key, [json.dumps(compute(), allow_nan=False)])
+        found = cache.texts("parts", key)
+    assert found is not None
+    return json.loads(found[0])
