@@ -176,10 +176,13 @@ def main(
                 (out / "bench.md").write_text(table(results))
             click.echo(table(results))
         if part in ("all", "patches"):
-            costs = {**patched.measure(Path(folder) / "patches", out, pairs // 2), "machine": machine()}
-            (out / "patches.json").write_text(json.dumps(costs, indent=1) + "\n")
-            (out / "patches.md").write_text(patched.table(costs))
-            click.echo(patched.table(costs))
+
+            def keep(costs: dict[str, Any]) -> None:
+                text = json.dumps({**costs, "machine": machine()}, indent=1)
+                (out / "patches.json").write_text(text + "\n")
+                (out / "patches.md").write_text(patched.table(costs))
+
+            click.echo(patched.table(patched.measure(Path(folder) / "patches", out, pairs // 2, keep)))
         if part in ("all", "grid"):
             found: dict[str, Any] = {"models": {}, "seconds": grid_seconds, "machine": machine()}
             for name in grid_models or grid.MODELS:

@@ -9,6 +9,7 @@ of all layers but the last.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,8 @@ def ratios(found: Seconds, clock: str, *, throughput: bool) -> dict[str, Any]:
     return {name: interval(name) for name in found if name != "plain"}
 
 
-def measure(folder: Path, logs: Path, rounds: int) -> dict[str, Any]:
-    """All figures: ``{"decode": {engine: {way: interval}}, "first": …}``."""
+def measure(folder: Path, logs: Path, rounds: int, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """``decode`` and ``first``: intervals by engine and way. ``keep`` is called after each engine."""
     model = random_model.make_model(folder / "model", grid.MODELS[MODEL])
     found: dict[str, Any] = {"decode": {}, "first": {}, "milliseconds": {}, "rounds": rounds}
     for name, bundle in bundles(folder, model).items():
@@ -129,6 +130,7 @@ def measure(folder: Path, logs: Path, rounds: int) -> dict[str, Any]:
         found["decode"][name] = ratios(decoded, "decode", throughput=True)
         found["first"][name] = ratios(alone, "first", throughput=False)
         found["milliseconds"][name] = float(np.median([1e3 * run["first"] for run in alone["plain"]]))
+        keep(found)
     return found
 
 

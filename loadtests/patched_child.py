@@ -19,14 +19,16 @@ from typing import Any
 
 from guard.sealed import Keyring
 from guard.verdict import Decision, Directive, Rule, Verdict
-from loadtests import child
-from loadtests.switch import Switch
 
 AUDIENCE = "bench"
 
 
 def main() -> None:
     """Serve commands until stdin ends."""
+    # Sets what vLLM reads from the environment when it is imported.
+    from loadtests import child
+    from loadtests.switch import Switch
+
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever vLLM prints is no answer
     with tempfile.TemporaryDirectory() as folder:

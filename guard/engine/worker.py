@@ -48,6 +48,7 @@ class GuardWorker(PlatformWorker):
         refuse_unsupported(self.vllm_config)
         config = GuardConfig.of(self.vllm_config)
         bundle = config.load_bundle()
+        refuse_donor(bundle, self.vllm_config, replayed=is_replayed(self.vllm_config))
         super().load_model(load_dummy_weights=load_dummy_weights)
         model, group = self.model_runner.get_model(), get_tp_group()
         refuse_fused(model, site_layers(bundle.card, model))
@@ -57,7 +58,6 @@ class GuardWorker(PlatformWorker):
             "replayed": is_replayed(self.vllm_config),
             "rank": group.rank_in_group,
         }
-        refuse_donor(bundle, self.vllm_config, replayed=common["replayed"])
         donor = None
         if dynamic_patches(bundle):
             with set_current_vllm_config(self.vllm_config):

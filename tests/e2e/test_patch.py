@@ -13,7 +13,6 @@ from guard.bundle import Bundle
 from guard.cli import main
 from guard.engine import selftest
 from guard.engine.config import AUDIENCE_ENV, KEY_FILE_ENV
-from guard.engine.errors import GuardStartupError
 from guard.locate.decoding import greedy
 from guard.locate.twins import folded_twins
 from guard.verdict import Decision, Directive, Rule
@@ -264,15 +263,3 @@ class TestDonorWithWeightsOfItsOwn:
             environment={"VLLM_CPU_OMP_THREADS_BIND": "|".join("01"[:ranks])},
         )  # fmt: skip
         assert [[shown(tokens) for tokens in turn] for turn in result.tokens] == [expected] * 2
-
-    def test_without_it_or_with_another_the_engine_does_not_start(self, with_donor, tiny_model):
-        from guard.engine.donor import load_donor
-
-        card = Bundle.load(with_donor).patches["donor"].card
-        for checkpoint, why in (
-            (None, "name its directory with --guard-donor"),
-            (str(tiny_model), "is not the donor"),
-            ("/nowhere", "there is no such directory"),
-        ):
-            with pytest.raises(GuardStartupError, match=why):
-                load_donor(None, checkpoint, card.donor.weights_sha256)

@@ -8,6 +8,7 @@ it. Tokens of an answer are told apart by whose they are; no two answers of a si
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tests.engine.schedulers import BLOCK
@@ -21,7 +22,7 @@ class Blocks:
     def __init__(self) -> None:
         self.taken: dict[str, list[tuple[int, int]]] = defaultdict(list)
         """By request, for each time it began: its patch slot and how many tokens it found computed."""
-        self._held: dict[tuple[int, int], Content] = {}
+        self._held: dict[int, list[Content | None]] = defaultdict(lambda: [None] * BLOCK)
         self._tables: dict[str, list[int]] = {}
         self._prompts: dict[str, list[int]] = {}
 
@@ -41,20 +42,29 @@ class Blocks:
             if ids is not None:
                 self._tables[rid] += ids[0]
 
-    def compute(self, rid: str, begin: int, end: int, slot: int) -> None:
-        """Positions ``begin`` to ``end`` of a request are computed, and those before them read."""
-        for position in range(begin):
-            found, own = self._held.get(self._place(rid, position)), self._content(rid, position, slot)
-            assert found == own, f"request {rid} reads {found} at {position}, not its own {own}"
-        for position in range(begin, end):
-            self._held[self._place(rid, position)] = self._content(rid, position, slot)
+    def compute(self, spans: Mapping[str, tuple[int, int]], slots: Mapping[str, int]) -> None:
+        """Positions ``begin`` to ``end`` of each request are computed in one pass; what is before is read.
 
-    def _place(self, rid: str, position: int) -> tuple[int, int]:
-        return self._tables[rid][position // BLOCK], position % BLOCK
+        Within a pass all is written before anything is read: a request may be given blocks that another
+        fills in the same step.
+        """
+        for rid, (begin, end) in spans.items():
+            for held, own, read in self._blocks(rid, begin, end, slots.get(rid, 0)):
+                held[read : len(own)] = own[read:]
+        for rid, (begin, end) in spans.items():
+            for held, own, read in self._blocks(rid, begin, end, slots.get(rid, 0)):
+                assert held[:read] == own[:read], f"request {rid} reads what is not its own"
 
-    def _content(self, rid: str, position: int, slot: int) -> Content:
+    def _blocks(
+        self, rid: str, begin: int, end: int, slot: int
+    ) -> Iterator[tuple[list[Content | None], list[Content], int]]:
+        """What stands in each block, what the request would have there, how much of it it did not write."""
         prompt = self._prompts[rid]
-        return slot, prompt[position] if position < len(prompt) else rid
+        own: list[Content] = [(slot, digest) for digest in prompt[:end]]
+        own += [(slot, rid)] * (end - len(own))
+        for number in range(0, end, BLOCK):
+            held = self._held[self._tables[rid][number // BLOCK]]
+            yield held, own[number : number + BLOCK], max(min(begin - number, BLOCK), 0)
 
 
 def _running(tokens: list[int]) -> list[int]:

@@ -68,9 +68,8 @@ class Runner:
         names = sorted(scheduled.num_scheduled_tokens, reverse=True)
         slots = getattr(scheduled, SLOTS_ATTRIBUTE, {})
         self.blocks.follow(scheduled, slots)
-        for rid in names:
-            end = computed[rid] + scheduled.num_scheduled_tokens[rid]
-            self.blocks.compute(rid, computed[rid], end, slots.get(rid, 0))
+        ends_at = {rid: computed[rid] + scheduled.num_scheduled_tokens[rid] for rid in names}
+        self.blocks.compute({rid: (computed[rid], ends_at[rid]) for rid in names}, slots)
         tokens = [self._sample(scheduled, rid, computed[rid]) for rid in names]
         ends = {
             rid

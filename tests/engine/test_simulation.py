@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, event, given, settings
 
 from guard.patch import prefix, stored
 from guard.patch_card import PatchSite
+from guard.verdict import Decision, Rule
 from tests.engine import world
 from tests.engine.schedules import PREFIX, SCHEDULES, SLOTS, Asked, Order, Schedule, Score
 
@@ -227,3 +228,12 @@ def test_the_scheduler_is_of_the_engines_own_kind(simulated: Any, mode: str) -> 
 
     chosen = Mode(**MODES[mode])
     assert isinstance(simulated.scheduler(chosen), AsyncScheduler) == (chosen.queue > 1)
+
+
+def test_an_engine_whose_own_policy_names_an_unknown_patch_does_not_start(simulated: Any) -> None:
+    from guard.engine.errors import GuardStartupError
+    from tests.engine.schedulers import Mode
+
+    default = Decision(policy="own", rules=(Rule(above=0.5, action="patch", patch="nowhere"),))
+    with pytest.raises(GuardStartupError, match=r"'nowhere', which is none of .* \(zero, words, half\)"):
+        simulated.scheduler(Mode(), default)
