@@ -64,6 +64,8 @@ class Runner:
             computed[rid] = count
             if rid in cached.resumed_req_ids:
                 self._known[rid] = self._prompt[rid] + outputs
+                # An asynchronous runner takes them from here (vllm/v1/worker/gpu_model_runner.py).
+                assert not outputs or rid in cached.all_token_ids, "resumed without the tokens of its answer"
         # The order of a batch is the runner's own.
         names = sorted(scheduled.num_scheduled_tokens, reverse=True)
         slots = getattr(scheduled, SLOTS_ATTRIBUTE, {})

@@ -160,6 +160,7 @@ def check_at_rest(scheduler: Any) -> None:
 
     assert len(scheduler.ledger) == 0
     assert not scheduler.ledger.unjudged
+    assert not scheduler.ledger.slots
     assert not scheduler.requests
     assert not scheduler.running
     assert not scheduler.waiting
