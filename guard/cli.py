@@ -16,12 +16,14 @@ from guard.commands.judge import judge
 from guard.commands.locate import locate
 from guard.commands.materialise import materialise
 from guard.commands.units import units
+from guard.commands.verify import verify
 from guard.serve.command import serve
 from service.__main__ import gateway
 
 # What the gateway does without: the base installation has none of these.
 _EXTRA = frozenset(
     {
+        "cryptography",
         "jinja2",
         "matplotlib",
         "numpy",
@@ -73,6 +75,7 @@ main.add_command(evaluate)
 main.add_command(compare)
 main.add_command(judge)
 main.add_command(bundle)
+main.add_command(verify)
 main.add_command(materialise)
 main.add_command(serve)
 main.add_command(gateway)

@@ -177,6 +177,7 @@ def _pack(
         data=tuple(files),
         metrics=metrics,
         self_test=measured.self_test,
+        reference=fitted.reference,
         # No date: the same inputs give the same bundle, digest included.
         created={
             "neuronguard": guard.__version__,

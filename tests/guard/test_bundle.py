@@ -100,7 +100,7 @@ def spoiled(change: str) -> dict[str, Any]:
         case "unknown key inside":
             card["calibration"]["surprise"] = 1
         case "other schema":
-            card["schema_version"] = 2
+            card["schema_version"] = 3
         case "descending units":
             card["sites"][0]["units"] = [5, 1]
         case "repeated units":
