@@ -55,6 +55,10 @@ class Signature(BaseModel):
     """The public key, in hexadecimal digits."""
     signature: Annotated[str, StringConstraints(pattern="^[0-9a-f]{128}$")]
 
+    def written(self) -> bytes:
+        """The file's one spelling."""
+        return (self.model_dump_json(indent=1) + "\n").encode()
+
     def message(self) -> bytes:
         """What is signed."""
         return _message(self.bundle, self.files)
@@ -114,8 +118,7 @@ def sign(directory: str | os.PathLike[str], key: Ed25519PrivateKey) -> Signature
         key=_name(key.public_key()),
         signature=key.sign(_message(digest, files)).hex(),
     )
-    text = signature.model_dump_json(indent=1) + "\n"
-    write_whole(root / SIGNATURE_FILE, lambda file: file.write(text.encode()))
+    write_whole(root / SIGNATURE_FILE, lambda file: file.write(signature.written()))
     return signature
 
 
@@ -134,7 +137,8 @@ def verify(
             return None
         raise SignatureError(f"the bundle in {root} is not signed (no {SIGNATURE_FILE}); {_SIGN}")
     try:
-        signature = Signature.model_validate_json(file.read_bytes())
+        content = file.read_bytes()
+        signature = Signature.model_validate_json(content)
         Ed25519PublicKey.from_public_bytes(bytes.fromhex(signature.key)).verify(
             bytes.fromhex(signature.signature), signature.message()
         )
@@ -144,6 +148,8 @@ def verify(
         raise SignatureError(
             f"the signature in {file} is not valid for the key that it names; {_SIGN}"
         ) from error
+    if content != signature.written():
+        raise SignatureError(f"{file} is not as it was written; {_SIGN}")
     if trusted is not None and signature.key not in trusted:
         raise SignatureError(
             f"the bundle in {root} is signed by {signature.key}, which is not one of the trusted keys: "

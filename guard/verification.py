@@ -174,7 +174,7 @@ def _units(card: GuardCard) -> str:
     # That they lie within the model's layers and widths is checked when a card is read.
     units = sum(len(site.units) for site in card.sites)
     patched = sum(len(site.units) for patch in card.patches for site in patch.sites)
-    return f"{units} read at {len(card.sites)} sites, {patched} patched, all within {card.model.shape}"
+    return f"{units} read at {len(card.sites)} sites, {patched} patched, all within the model's sizes"
 
 
 def _self_test(bundle: Bundle) -> str:

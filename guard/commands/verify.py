@@ -24,7 +24,6 @@ def verify(directory: Path, model: str | None, keys: Path | None, digest: str | 
     One line a check, and exit status 1 if any failed. The scores themselves need the model to run:
     neuronguard bundle verify.
     """
-    from guard.bundle_schema import CURRENT
     from guard.public_keys import read_public_keys
     from guard.verification import lines, verify_bundle
 
@@ -37,7 +36,7 @@ def verify(directory: Path, model: str | None, keys: Path | None, digest: str | 
     failed = any(check.outcome == "failed" for check in checks)
     if as_json:
         document = {
-            "schema_version": CURRENT,
+            "schema_version": 1,
             "bundle": str(directory),
             "passed": not failed,
             "checks": [check._asdict() for check in checks],
