@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from guard.card import GuardCard
+from guard.card import GuardCard, card_bytes
 from guard.patch_card import PatchCard
 from guard.reference import ScoreReference
 from guard.report import (
@@ -34,6 +34,8 @@ _PROBES = {
 
 def bundle_card(card: GuardCard, digest: str) -> str:
     """The whole text, for the bundle of that digest."""
+    # As it comes out of the file: there, the keys of its tables are in the order of the alphabet.
+    card = GuardCard.model_validate_json(card_bytes(card))
     rates = [f"{t.false_positive_rate:g}" for t in card.thresholds]
     parts = [FORM, f"# Guard bundle for `{card.model.name}`", "", *_what(card, digest)]
     parts += ["", "## What it reads", "", *_sites(card)]
@@ -142,7 +144,7 @@ def _reference(reference: ScoreReference | None) -> list[str]:
         return ["Not kept: drift of live scores cannot be told. Fit the bundle anew to have them."]
     ends = (0.0, *reference.edges, 1.0)
     rows = (
-        (f"{ends[i]:.6f} to {ends[i + 1]:.6f}", reference.benign[i], reference.harmful[i])
+        (f"{ends[i]:.4g} to {ends[i + 1]:.4g}", reference.benign[i], reference.harmful[i])
         for i in range(reference.bins)
     )
     heads = ("P(unsafe)", "benign threshold prompts", "harmful prompts of the fit, left-out sources")

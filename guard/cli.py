@@ -10,6 +10,7 @@ import click
 from guard import __version__
 from guard.commands.bundle import bundle
 from guard.commands.compare import compare
+from guard.commands.drift import drift
 from guard.commands.evaluate import evaluate
 from guard.commands.fit import fit
 from guard.commands.judge import judge
@@ -74,6 +75,7 @@ main.add_command(fit)
 main.add_command(evaluate)
 main.add_command(compare)
 main.add_command(judge)
+main.add_command(drift)
 main.add_command(bundle)
 main.add_command(verify)
 main.add_command(materialise)
