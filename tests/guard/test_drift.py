@@ -141,14 +141,15 @@ def test_scores_of_an_audit_log_are_compared_offline(fitted: Path, tmp_path: Pat
     bundle = Bundle.load(fitted)
     made = bundle.card.reference
     assert made is not None
-    # As many scores in each bin as the reference has: nothing has moved.
-    same = np.repeat([0.0, *made.edges], made.benign)
+    # Twice as many scores in each bin as the reference has: nothing has moved.
+    twice = [2 * count for count in made.benign]
+    same = np.repeat([0.0, *made.edges], twice)
     result = run("drift", fitted, "--data", audit(tmp_path / "same.jsonl", same, bundle.digest), "--json")
     assert result.exit_code == 0, result.output
     document = json.loads(result.output)
-    assert document["psi"] == 0.0
+    assert document["psi"] == pytest.approx(0.0, abs=1e-4)
     assert document["verdict"] == "no drift"
-    assert document["counts"] == document["reference"] == list(made.benign)
+    assert (document["counts"], document["reference"]) == (twice, list(made.benign))
     assert document["left_out"] == {"without a score": 2, "of another bundle": 0}
     high = np.full(600, (made.edges[-1] + 1) / 2)
     moved = run("drift", fitted, "--data", audit(tmp_path / "high.jsonl", high, bundle.digest))
