@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from guard import __version__
+from guard.commands.answer import answer
 from guard.commands.bundle import bundle
 from guard.commands.compare import compare
 from guard.commands.drift import drift
@@ -74,6 +75,7 @@ main.add_command(units)
 main.add_command(fit)
 main.add_command(evaluate)
 main.add_command(compare)
+main.add_command(answer)
 main.add_command(judge)
 main.add_command(drift)
 main.add_command(bundle)
