@@ -48,7 +48,7 @@ def judged(answers: Path, out: Path, *judges: str) -> Path:
 def evaluated(planted: worlds.Planted, bundle: Path, out: Path, *more: object) -> tuple[Result, Any]:
     result = run(
         *("evaluate", "--model", planted.model, "--bundle", bundle, "--data", planted.evaluation),
-        *("--json", out, *TOKENS, *more),
+        *("--json", out, "--bootstrap", 100, *TOKENS, *more),
     )
     return result, json.loads(out.read_text()) if out.exists() else None
 
