@@ -116,13 +116,10 @@ def evaluate_bundle(
             texts = np.array([name or "none" for name in names], dtype=np.str_)
             document[f"by_{key}"] = by(texts, scored, pool, card.thresholds, bootstrap)
     if answers:
-        document["unsafe_output"] = unsafe_output(seen, scored, pool, card.thresholds, bootstrap)
-        document["unsafe_output"]["judge"] = subject.judge
-        if subject.judgements is not None:
-            document["unsafe_output"]["judgements"] = {
-                "name": subject.judgements.file,
-                "sha256": subject.judgements.sha256,
-            }
+        figures = unsafe_output(seen, scored, pool, card.thresholds, bootstrap)
+        document["unsafe_output"] = {"judge": subject.judge, **figures}
+        if (judged := subject.judgements) is not None:
+            document["unsafe_output"]["judgements"] = {"name": judged.file, "sha256": judged.sha256}
         document["evaluation"] = tables(seen, logits, card.thresholds, apart=apart)
     stated = np.array([card.calibration.probability(float(logit)) for logit in logits])
     # Finite, where a probability has rounded to 0 or 1.
@@ -261,7 +258,6 @@ def unsafe_output(
 
     return {
         "question": "unsafe_output",
-        "judge": "refusal matcher",
         "overall": of(pool),
         "among_harmful": of(seen.harmful),
     }

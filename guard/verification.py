@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -55,51 +56,39 @@ def verify_bundle(
     ``digest`` is the one that it must have; ``checkpoint`` opens the model that it must belong to;
     ``trusted`` are the public keys of which one must have signed it. None: not asked for.
     """
-    found: list[Check] = []
-
-    def check(name: str, look: Callable[[], str]) -> bool:
-        try:
-            found.append(Check(name, "passed", look()))
-        except _SkippedError as reason:
-            found.append(Check(name, "skipped", str(reason)))
-        except (_FailedError, ValueError, OSError) as reason:
-            found.append(Check(name, "failed", str(reason)))
-        return found[-1].outcome != "failed"
-
     loaded: list[Bundle] = []
+    looks: dict[str, Callable[[Bundle], str]] = {
+        "digest": lambda bundle: _digest(bundle, digest),
+        "thresholds": lambda bundle: _thresholds(bundle.card),
+        "data": lambda bundle: _data(bundle.card),
+        "units": lambda bundle: _units(bundle.card),
+        "self-test": lambda bundle: _self_test(bundle.card),
+        "reference": lambda bundle: _reference(bundle.card),
+        "card": lambda bundle: _text(bundle, directory),
+        "model": lambda bundle: _model(bundle, checkpoint),
+        "signature": lambda bundle: _signature(bundle, directory, trusted),
+    }
+    found = [_check("files", lambda: _files(directory)), _check("contents", lambda: _load(directory, loaded))]
+    if not loaded:
+        return [*found, *(Check(name, "skipped", "the contents cannot be read") for name in looks)]
+    return [*found, *(_check(name, partial(look, loaded[0])) for name, look in looks.items())]
 
-    def load() -> str:
-        loaded.append(Bundle.load(directory))
-        version = loaded[0].stored_version
-        older = "" if version == CURRENT else f", older than {CURRENT}: neuronguard bundle migrate"
-        return f"card and arrays agree; schema version {version}{older}"
 
-    check("files", lambda: _files(directory))
-    if not check("contents", load):
-        rest = (
-            "digest",
-            "thresholds",
-            "data",
-            "units",
-            "self-test",
-            "reference",
-            "card",
-            "model",
-            "signature",
-        )
-        return [*found, *(Check(name, "skipped", "the contents cannot be read") for name in rest)]
-    bundle = loaded[0]
-    card = bundle.card
-    check("digest", lambda: _digest(bundle, digest))
-    check("thresholds", lambda: _thresholds(card))
-    check("data", lambda: _data(card))
-    check("units", lambda: _units(card))
-    check("self-test", lambda: _self_test(bundle))
-    check("reference", lambda: _reference(card))
-    check("card", lambda: _text(bundle, directory))
-    check("model", lambda: _model(bundle, checkpoint))
-    check("signature", lambda: _signature(bundle, directory, trusted))
-    return found
+def _check(name: str, look: Callable[[], str]) -> Check:
+    try:
+        return Check(name, "passed", look())
+    except _SkippedError as reason:
+        return Check(name, "skipped", str(reason))
+    except (_FailedError, ValueError, OSError) as reason:
+        return Check(name, "failed", str(reason))
+
+
+def _load(directory: Path, loaded: list[Bundle]) -> str:
+    bundle = Bundle.load(directory)
+    loaded.append(bundle)
+    version = bundle.stored_version
+    older = "" if version == CURRENT else f", older than {CURRENT}: neuronguard bundle migrate"
+    return f"card and arrays agree; schema version {version}{older}"
 
 
 def _files(directory: Path) -> str:
@@ -177,8 +166,7 @@ def _units(card: GuardCard) -> str:
     return f"{units} read at {len(card.sites)} sites, {patched} patched, all within the model's sizes"
 
 
-def _self_test(bundle: Bundle) -> str:
-    card = bundle.card
+def _self_test(card: GuardCard) -> str:
     for number, prompt in enumerate(card.self_test.prompts):
         if not any(prompt[-len(tail) :] == tail for tail in card.prompt_tails):
             raise _FailedError(f"prompt {number} does not end as prompts of this model do (prompt_tails)")
