@@ -75,6 +75,8 @@ def baselines(bundle: Bundle, subject: Subject) -> dict[str, Baseline]:
     shape = subject.checkpoint.shape
     family: Family = HiddenLayer(bundle.scorer.hidden) if card.probe == "mlp" else LINEAR
     draws = [random_like(card.sites, shape, seed=seed) for seed in range(DRAWS)]
+    # Of whole layers there is one choice alone, and it would be held against itself.
+    draws = [] if all(draw == card.sites for draw in draws) else draws
     every = union(draws)
     # The layers that a reader of one stream would try first.
     layers = sorted({max(1, round(shape.layers * part)) for part in (0.25, 0.5, 0.75, 1.0)})
@@ -100,7 +102,7 @@ def baselines(bundle: Bundle, subject: Subject) -> dict[str, Baseline]:
         "words (TF-IDF, logistic regression)": Baseline(texts, words),
         **{
             f"random units, draw {draw + 1}": Baseline(random_units(draw), partial(_probe, family=family))
-            for draw in range(DRAWS)
+            for draw in range(len(draws))
         },
         # The engine reads sites and nothing else.
         **(read_by_transformers if subject.reader is None else {}),
@@ -150,6 +152,8 @@ def measure(
         entry["fitted_on"] = "the fit prompts" if fit else "the evaluation prompts, other sources"
         document[name] = entry
         scores[name] = scored
+    if not any(name.startswith("random units") for name in document):
+        document["random units"] = {"not_measured": "the bundle takes whole layers: there is no other choice"}
     for name in () if subject.reader is None else TRANSFORMERS:
         document[name] = {"not_measured": "is read by transformers, and the engine ran the model"}
     return {**document, **{name: {"not_measured": why} for name, why in NOT_MEASURED.items()}}, scores

@@ -20,7 +20,5 @@ def quality(study: Study, variant: str) -> dict[str, Any]:
     )
     document = {key: found.document[key] for key in KEPT if key in found.document}
     if whole:
-        # Of whole layers there is but one choice: what random units do is in the curve over their number.
-        rows, _ = measure(bundle, subject, found, study.bootstrap, study.fit)
-        document["baselines"] = {n: row for n, row in rows.items() if not n.startswith("random units")}
+        document["baselines"], _ = measure(bundle, subject, found, study.bootstrap, study.fit)
     return document

@@ -122,6 +122,6 @@ class Study:
         weights = [self.subject(variant).checkpoint.weights_sha256 for variant in VARIANTS]
         bundle = Bundle.load(self.lab / "bundle")
         probe = digest_of([row.tolist() for row in (bundle.scorer.weight, bundle.scorer.bias)])
-        limits = [threshold.logit for threshold in bundle.card.thresholds]
+        limits = [round(threshold.logit, 3) for threshold in bundle.card.thresholds]
         about = [key, weights, probe, limits, self.bootstrap.draws, self.bootstrap.seed, versions()]
         return part(self.store, about, compute)
