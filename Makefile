@@ -7,7 +7,7 @@ ARGS   ?=
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help env serve test lint format bench bundle locate compat dashboards clean
+.PHONY: help env serve test lint format bench bundle detection locate compat dashboards clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ bench: env  ## measure what the guard costs beside plain vLLM
 
 bundle: env  ## fit and evaluate the lab model's bundle anew; NEURONGUARD_DATA names the data folder
 	$(PY) -m models.recipe.bundle $(ARGS)
+
+detection: env  ## measure the lab guard by the whole protocol; NEURONGUARD_DATA names the data folder
+	$(PY) -m models.recipe.detection $(ARGS)
 
 locate: env  ## run the four methods on the lab twins anew; NEURONGUARD_DATA names the data folder
 	$(PY) -m models.recipe.locate $(ARGS)
