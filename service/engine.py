@@ -164,6 +164,10 @@ class EngineWatch:
         logger.info(
             "engine ready: model %s, bundle %s, audience %s", status.model, status.bundle, status.audience
         )
+        if not status.checks_shape:
+            logger.warning(
+                "the bundle %s does not say how prompts end: unscored_shape has no effect", status.bundle
+            )
 
     def _lose(self, why: str) -> None:
         if self._ready is not None or why != self._why:

@@ -35,7 +35,7 @@ from guard.engine.answer import (
 from guard.engine.config import CONFIG_KEY, EXTRA_ARG, GuardConfig, audience_from_env, keyring_from_env
 from guard.engine.exchange import CURRENT, Admission, Exchange
 from guard.engine.ledger import STOPPING
-from guard.engine.metrics import DIRECTIVE_ERRORS, MISSING_VERDICTS, VERDICTS
+from guard.engine.metrics import DIRECTIVE_ERRORS, MISSING_VERDICTS, UNSCORED_SHAPES, VERDICTS
 from guard.engine.readiness import Readiness
 from guard.verdict import (
     DIRECTIVE_HEADER,
@@ -110,6 +110,8 @@ class Exchanges:
         verdict = Verdict.model_validate_json(text)
         if exchange.record(request_id, verdict) and exchange.source != "self-test":
             VERDICTS.labels(verdict.action, verdict.mode, exchange.source).inc()
+            if verdict.unscored_shape:
+                UNSCORED_SHAPES.labels(verdict.action, exchange.source).inc()
 
 
 class GuardMiddleware:

@@ -17,6 +17,11 @@ VERDICTS = Counter(
     "Verdicts given by the engine, by the action taken, the policy's mode and where the request came from.",
     ("action", "mode", "source"),
 )
+UNSCORED_SHAPES = Counter(
+    "guard_engine_unscored_shapes",
+    "Verdicts on prompts that end otherwise than those the probe was fitted on.",
+    ("action", "source"),
+)
 DIRECTIVE_ERRORS = Counter(
     "guard_engine_directive_errors", "Requests refused because their directive was not valid.", ("reason",)
 )
@@ -38,6 +43,8 @@ for _action, _mode, _source in product(_ACTIONS, _MODES, ("gateway", "direct")):
     if _mode == "enforce" or _action == "pass":
         VERDICTS.labels(_action, _mode, _source)
 for _source in ("gateway", "direct"):
+    UNSCORED_SHAPES.labels("refuse", _source)
+    UNSCORED_SHAPES.labels("pass", _source)
     VERDICTS.labels("error", "enforce", _source)
 for _reason in (*SEAL_ERRORS, *REASONS):
     DIRECTIVE_ERRORS.labels(_reason)

@@ -38,9 +38,10 @@ from guard.engine.errors import GuardStartupError
 from guard.engine.ledger import STOPPING, Ledger, Rerun
 from guard.engine.outputs import IDLE_ATTRIBUTE, LOGITS_ATTRIBUTE, PREFIX_ATTRIBUTE, SLOTS_ATTRIBUTE
 from guard.engine.support import refuse_too_few_slots, refuse_unsupported
-from guard.verdict import Verdict
+from guard.verdict import UNSCORED_SHAPE, Verdict
 
 REFUSED_STOP_REASON = "guard:refused"
+SHAPE_STOP_REASON = f"guard:{UNSCORED_SHAPE}"
 """``stop_reason`` for clients that talk to vLLM directly. Informative only: clients can forge it."""
 
 
@@ -218,7 +219,9 @@ class GuardMixin(_Scheduler):
         if stats is not None:
             stats.finalize(self.kv_cache_manager.estimate_cached_tokens(request))
         if not error:
-            request.stop_reason = REFUSED_STOP_REASON
+            request.stop_reason = (
+                SHAPE_STOP_REASON if verdict.reason == UNSCORED_SHAPE else REFUSED_STOP_REASON
+            )
         self.ledger.close(request.request_id)  # the output is made here, not by _free_request
         self.finish_requests(
             request.request_id, RequestStatus.FINISHED_ERROR if error else RequestStatus.FINISHED_STOPPED
