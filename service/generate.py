@@ -49,7 +49,7 @@ async def generate(
     narrowed = moderation is not None and moderation.blocks
     forward = Forward(
         path="/v1/chat/completions" if route == "chat" else "/v1/completions",
-        body=body.forwarded(),
+        body=body.forwarded(call.cache_salt),
         siblings=body.siblings,
         stream=body.streamed,
         order=blocking if narrowed else as_it_is,

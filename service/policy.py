@@ -95,6 +95,9 @@ class Policy(FileModel):
     """What becomes of prompts that do not end as the chat template ends them: refused, or judged by the rules
     all the same, although the bundle's error rates do not hold for them."""
     on_missing_verdict: Literal["closed", "open"] = "closed"
+    prefix_cache: Literal["shared", "tenant"] = "shared"
+    """Who may find what a prompt has left in the engine's prefix cache, and see it by the time they wait:
+    everybody, or requests of the same tenant under policies that say ``tenant``."""
     refusal: Refusal = Refusal()
     expose_score: bool = False
 

@@ -28,6 +28,9 @@ DIRECTIVE_ERRORS = Counter(
 MISSING_VERDICTS = Counter(
     "guard_engine_missing_verdicts", "Directed requests that were not answered because no verdict was bound."
 )
+CLOSED_ROUTES = Counter(
+    "guard_engine_closed_routes", "Requests for routes of vLLM that a guarded engine does not answer."
+)
 READY = Gauge("guard_engine_ready", "1 from the moment that the start-up self-test has passed.")
 INFO = Gauge(
     "guard_engine_info",

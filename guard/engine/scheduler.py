@@ -11,6 +11,7 @@ out again (``guard.engine.frontend``). Cost for a step without a final prompt to
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -69,7 +70,8 @@ class GuardMixin(_Scheduler):
             )
         refuse_too_few_slots(self.vllm_config, len(config.adapters))
         self._adapters = config.adapters
-        self._digest = bundle.digest
+        # Who could name the salt of a patched run would find its blocks, or leave others in their place.
+        self._salt = secrets.token_hex(16)
         self._untold: dict[str, list[int]] = {}
         self.ledger = Ledger(
             bundle.card,
@@ -166,7 +168,7 @@ class GuardMixin(_Scheduler):
         flight for it is dropped when it comes back.
         """
         if salt is not None:
-            request.cache_salt = f"{request.cache_salt or ''}|neuronguard:{self._digest}:{salt}"
+            request.cache_salt = f"{request.cache_salt or ''}|neuronguard:{self._salt}:{salt}"
             request.block_hashes.clear()
             request.update_block_hashes()
         # Or a request that the step in flight still holds would come back without its tokens.

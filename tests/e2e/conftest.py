@@ -75,13 +75,20 @@ def everyday() -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def shaped_bundle_dir(tiny_bundle: Bundle, tiny_model: Path) -> Path:
+    """The same bundle, which says how prompts end: as the chat template ends them."""
+    card = tiny_bundle.card.model_copy(update={"prompt_tails": (world.TAIL,)})
+    return Bundle(card, tiny_bundle.scorer, tiny_bundle.patches.values()).save(tiny_model.parent / "shaped")
+
+
+@pytest.fixture(scope="session")
 def stack(
-    tiny_model: Path, tiny_bundle_dir: Path, key_file: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_model: Path, shaped_bundle_dir: Path, key_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Stack]:
     """A guarded vLLM server and a gateway, as real processes, on the tiny model."""
     folder = tmp_path_factory.mktemp("stack")
     with (
-        servers.engine(tiny_model, tiny_bundle_dir, key_file, "tiny", folder / "engine.log") as engine_url,
+        servers.engine(tiny_model, shaped_bundle_dir, key_file, "tiny", folder / "engine.log") as engine_url,
         servers.gateway(engine_url, key_file, folder) as gateway_url,
     ):
         yield Stack(engine_url, gateway_url, folder)

@@ -26,7 +26,7 @@ CANARY = "model text must not be here"
 @pytest.fixture(scope="module")
 def prompts(reference, tiny_bundle):
     """``(unsafe, safe)``: token-id prompts far from the threshold."""
-    found = world.prompts(40, seed=41, shortest=25, longest=120)
+    found = [[*p, *world.TAIL] for p in world.prompts(40, seed=41, shortest=25, longest=120)]
     logits = [float(tiny_bundle.logits(reference.features(p)[None])[0]) for p in found]
     unsafe = next(p for p, x in zip(found, logits, strict=True) if x > 0.5)
     safe = next(p for p, x in zip(found, logits, strict=True) if x < -0.5)
@@ -235,7 +235,7 @@ class TestSilence:
         rng = random.Random(3)
         found = []
         while len(found) < 2:
-            prompt = [rng.randrange(256) for _ in range(40)]
+            prompt = [*(rng.randrange(256) for _ in range(40)), *world.TAIL]
             if float(tiny_bundle.logits(reference.features(prompt)[None])[0]) > 0.3:
                 found.append(prompt)
         return found
@@ -272,7 +272,7 @@ class TestOrder:
         self, stack, reference, tiny_bundle
     ):
         """320 requests at once, mixed policies and routes; score by transformers, answer as when alone."""
-        found = world.prompts(400, seed=51, shortest=10, longest=90)
+        found = [[*p, *world.TAIL] for p in world.prompts(400, seed=51, shortest=10, longest=90)]
         expected = [tiny_bundle.logits(reference.features(p)[None])[0] for p in found]
         clear = [(p, float(x)) for p, x in zip(found, expected, strict=True) if abs(x) > 0.02][:320]
         assert len(clear) >= 300

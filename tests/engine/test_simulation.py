@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, event, given, settings
 from guard.patch import prefix, stored
 from guard.patch_card import PatchSite
 from tests.engine import world
-from tests.engine.schedules import PREFIX, SCHEDULES, Asked, Order, Schedule, Score
+from tests.engine.schedules import PREFIX, SCHEDULES, TAIL, Asked, Order, Schedule, Score
 
 pytestmark = [  # vLLM and its dependencies warn a lot
     pytest.mark.filterwarnings("ignore"),
@@ -75,7 +75,7 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     root = tmp_path_factory.mktemp("simulated")
     model = world.make_model(root / "model")
-    bundle = world.make_bundle(root / "bundle", model)
+    bundle = world.make_bundle(root / "bundle", model, tails=((TAIL,),))
     shape = bundle.card.model.shape
     zero = stored("zero", [PatchSite(layer=0, kind="mlp", units=(0, 1))], shape, scale=0.0)
     bundle.with_patch(zero).with_patch(prefix("words", "some words", PREFIX)).save(root / "bundle")
@@ -112,6 +112,7 @@ def check_verdict(answer: Any, asked: Asked, number: int) -> None:
     assert all(verdict == verdicts[0] for verdict in verdicts)
     assert verdicts[0].action == asked.action
     assert verdicts[0].prompt_tokens == asked.length
+    assert verdicts[0].unscored_shape == asked.unscored
     if verdicts[0].action != "error":
         assert verdicts[0].logit == asked.logit(number)
 
@@ -190,6 +191,26 @@ def test_a_request_that_is_patched_survives_each_of_them(simulated: Any, case: s
     mode, asked, others = CASES[case]
     patched = replace(asked, score="high", order=order)
     run(simulated, mode, replace(others, asked=(*others.asked, patched)))
+
+
+def test_nobody_can_name_the_salt_under_which_patched_blocks_are_kept(simulated: Any) -> None:
+    """Clients of vLLM itself choose salts; the bundle's digest and the patch's name are no secrets."""
+    from tests.engine.schedulers import Mode
+    from tests.engine.simulation import Engine
+
+    asked, found, salts = Asked(length=200, order="patch", score="high"), [], ["foreign"]
+    for _ in range(2):
+        engine = Engine(simulated, Mode())
+        engine.self_test()
+        engine.add("patched", asked.prompt(1), asked, 1, 9.0)
+        patched = engine.scheduler.requests["patched"]
+        engine.finish()
+        salts.append(patched.cache_salt)
+        for salt in salts[-2:]:
+            request = simulated.request("other", asked.prompt(1), Asked(length=200), salt=salt)
+            found.append(engine.scheduler.kv_cache_manager.get_computed_blocks(request)[1])
+    # The patched run's own salt finds its blocks, that of the same run in another start does not.
+    assert found == [0, 192, 0, 192]
 
 
 @pytest.mark.parametrize("mode", MODES)
