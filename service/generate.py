@@ -60,9 +60,9 @@ async def generate(
     finding = _finding(call, judged) if moderation is not None else None
     ready = judged.judged
     try:
-        if judged.verdict is not None and judged.verdict.reason == UNSCORED_SHAPE:
-            raise _other_shape(call, judged)
         if judged.action == "refuse":
+            if judged.verdict is not None and judged.verdict.reason == UNSCORED_SHAPE:
+                raise _other_shape(call, judged)
             # Whatever the engine put into the body: it is not read, and the connection is closed at once.
             await judged.answer.close()
             response = _refused(call, judged, body, route, finding)

@@ -194,7 +194,7 @@ class Ledger:
                 return Rerun(patch)
             if entry.fixed_form:
                 action = "refuse"
-        reason = UNSCORED_SHAPE if refused else None
+        reason = UNSCORED_SHAPE if refused and action == "refuse" else None
         return self._verdict(entry, action, decision, logit, probability, patch, reason=reason)
 
     def _patched(self, entry: Entry, rule: Rule, logit: float) -> Verdict:

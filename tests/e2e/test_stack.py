@@ -23,38 +23,10 @@ BEARER = {"authorization": f"Bearer {API_KEYS['message']}"}
 CANARY = "model text must not be here"
 
 
-@pytest.fixture(scope="module")
-def prompts(reference, tiny_bundle):
-    """``(unsafe, safe)``: token-id prompts far from the threshold."""
-    found = [[*p, *world.TAIL] for p in world.prompts(40, seed=41, shortest=25, longest=120)]
-    logits = [float(tiny_bundle.logits(reference.features(p)[None])[0]) for p in found]
-    unsafe = next(p for p, x in zip(found, logits, strict=True) if x > 0.5)
-    safe = next(p for p, x in zip(found, logits, strict=True) if x < -0.5)
-    return unsafe, safe
-
-
 @pytest.fixture
 def client(stack):
     with openai.OpenAI(base_url=f"{stack.gateway}/v1", api_key=API_KEYS["message"], max_retries=0) as made:
         yield made
-
-
-@pytest.fixture
-def chats(reference, tiny_bundle, everyday):
-    """``(unsafe, safe)`` user messages by the tiny model's own lights."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(reference.model.name_or_path)
-
-    def logit(text: str) -> float:
-        messages = [{"role": "user", "content": text}]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-        return float(tiny_bundle.logits(reference.features(ids)[None])[0])
-
-    scored = sorted((logit(text), text) for text in everyday[:60])
-    assert scored[-1][0] > 0.05
-    assert scored[0][0] < -0.05
-    return scored[-1][1], scored[0][1]
 
 
 def raw(stack, path, body, *, key="message", base=None, headers=None):

@@ -68,6 +68,7 @@ def test_observing_and_checking_report_the_shape_and_do_what_their_mode_does():
     for mode, action in (("observe", "pass"), ("check", "checked")):
         verdict = judge(ledger(), [1, 2], order=REFUSE_AT_HALF.model_copy(update={"mode": mode}))
         assert (verdict.action, verdict.decision, verdict.unscored_shape) == (action, "refuse", True)
+        assert verdict.reason is None
 
 
 def test_missing_score_is_an_error_whatever_the_shape():

@@ -33,11 +33,9 @@ def shaped(engine: FakeEngine) -> None:
             return found
         marked = {"unscored_shape": True}
         if seen.directive.decision.refuses(True):
-            marked |= {"decision": "refuse", "unsafe": True}
+            marked |= {"decision": "refuse", "unsafe": True, "reason": UNSCORED_SHAPE}
             if found.mode == "enforce":
-                marked |= {"action": "refuse", "reason": UNSCORED_SHAPE}
-            elif found.mode == "check":
-                marked |= {"action": "checked"}
+                marked |= {"action": "refuse"}
         return found.model_copy(update=marked)
 
     engine.change = change
