@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from hypothesis import strategies as st
 
 from guard.verdict import Action, Decision, Rule
 
 Order = Literal[
-    *("none", "enforce", "lenient", "observe", "check", "open", "forged", "patch", "stubborn", "begin")
+    *("none", "enforce", "lenient", "tag", "observe", "check", "open", "forged"),
+    *("patch", "stubborn", "begin"),
 ]
 """The directive that a request carries.
 
@@ -32,6 +33,7 @@ PATCHED = 500
 DECISIONS: dict[Order, Decision] = {
     "enforce": Decision(policy="p", mode="enforce", rules=(Rule(above=0.5, action="refuse"),)),
     "lenient": Decision(policy="p", rules=(Rule(above=0.5, action="refuse"),), unscored_shape="pass"),
+    "tag": Decision(policy="p", rules=(Rule(above=0.5, action="tag"),)),
     "observe": Decision(policy="p", mode="observe", rules=(Rule(above=0.5, action="refuse"),)),
     "check": Decision(policy="p", mode="check", rules=(Rule(above=0.5, action="refuse"),)),
     "open": Decision(policy="p", mode="enforce", rules=()),
@@ -95,6 +97,8 @@ class Asked:
             return "refuse"
         if self.score != "high" or self.order in ("open", "observe"):
             return "pass"
+        if self.order == "tag":
+            return "tag"
         return "patch" if self.order in ("patch", "begin") else "refuse"
 
     def answer(self, number: int) -> list[int]:
@@ -121,6 +125,36 @@ def token(number: int, position: int) -> int:
     return 1000 * (number + 1) + position
 
 
+def crowd(count: int, seed: int) -> Schedule:
+    """``count`` requests over some hundred steps, a fifth of which are left by their clients.
+
+    Up to 400: beyond that, tokens of one request would be those of another one's patched model.
+    """
+    rng = random.Random(seed)
+    last = 4 * count
+    asked = []
+    for _ in range(count):
+        arrives = rng.randrange(last)
+        asked.append(
+            Asked(
+                length=rng.choice((1, 16, 33, 64, LONGEST, *(rng.randint(2, 120) for _ in range(20)))),
+                shared=rng.choice((0, 0, 40, LONGEST)),
+                order=rng.choice(get_args(Order)),
+                score=rng.choice(("low", "low", "low", "high", "high", "high", "nan", "missing")),
+                max_tokens=rng.randint(1, 30),
+                arrives=arrives,
+                leaves=rng.choice((None,) * 4 + (arrives + rng.randrange(30),)),
+                leaves_late=rng.random() < 0.5,
+                priority=rng.randrange(3),
+                stream=rng.random() < 0.5,
+                logprobs=rng.choice((None, None, 0, 3)),
+                odd=rng.random() < 0.2,
+            )
+        )
+    resets = tuple((rng.randrange(last), rng.random() < 0.5) for _ in range(count // 40))
+    return Schedule(tuple(asked), resets, seed)
+
+
 STEPS = st.integers(0, 40)
 ASKED = st.builds(
     Asked,
@@ -132,6 +166,7 @@ ASKED = st.builds(
             "none",
             "enforce",
             "lenient",
+            "tag",
             "observe",
             "check",
             "open",

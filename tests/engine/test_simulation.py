@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,12 +13,13 @@ from hypothesis import HealthCheck, event, given, settings
 from guard.patch import prefix, stored
 from guard.patch_card import PatchSite
 from tests.engine import world
-from tests.engine.schedules import PREFIX, SCHEDULES, TAIL, Asked, Order, Schedule, Score
+from tests.engine.schedules import PREFIX, SCHEDULES, TAIL, Asked, Order, Schedule, Score, crowd
 
 pytestmark = [  # vLLM and its dependencies warn a lot
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.filterwarnings("error:::guard"),
 ]
+ANSWERED = ("pass", "tag", "patch")
 MODES: dict[str, dict[str, Any]] = {
     "synchronous": {},
     "synchronous, crowded": {"crowded": True},
@@ -96,7 +98,7 @@ def run(simulated: Any, mode: str, schedule: Schedule) -> Any:
         answer = engine.answers[str(number)]
         if answer.aborted:
             check_begun(answer, asked, number)
-        elif asked.action in ("pass", "patch"):
+        elif asked.action in ANSWERED:
             check_passed(answer, asked, number)
         else:
             check_silent(answer, asked)
@@ -122,7 +124,7 @@ def check_begun(answer: Any, asked: Asked, number: int) -> None:
     assert answer.tokens == asked.answer(number)[: len(answer.tokens)]
     assert answer.finished is None
     if answer.outputs:
-        assert asked.action in ("pass", "patch")
+        assert asked.action in ANSWERED
         check_verdict(answer, asked, number)
 
 
@@ -174,6 +176,22 @@ def test_whatever_happens_each_request_gets_its_own_verdict_and_its_own_tokens(
     for name, count in run(simulated, mode, schedule).seen.items():
         if count:
             event(name)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_verdict_and_no_token_of_ten_thousand_requests_is_anothers(simulated: Any, mode: str) -> None:
+    """1,280 in each mode, by turns: every score and every token tells whose it is."""
+    seen, actions, preempted = Counter[str](), Counter[str](), 0
+    for seed in range(4):
+        schedule = crowd(320, seed)
+        engine = run(simulated, mode, schedule)
+        seen.update(engine.seen)
+        preempted += len(engine.preempted)
+        actions.update(asked.action for asked in schedule.asked)
+    assert set(actions) == {*ANSWERED, "refuse", "checked", "error"}
+    assert min(actions.values()) > 30
+    assert preempted > 20
+    assert sum(count for moment, count in seen.items() if moment.startswith("aborted")) > 20
 
 
 @pytest.mark.parametrize(("case", "score"), [(case, score) for case in CASES for score in SCORES[case]])
