@@ -1,7 +1,10 @@
 """Prompts that end otherwise than those the probe was fitted on: what the ledger says of them."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from guard.engine.config import GuardConfig
 from guard.engine.exchange import Exchange
 from guard.engine.ledger import Ledger
 from guard.sealed import Keyring
@@ -98,3 +101,24 @@ def test_one_sibling_of_another_shape_marks_all(order):
         exchange.record(f"r{i}", siblings[i])
     assert exchange.binding is not None
     assert (exchange.binding.decision, exchange.binding.unscored_shape) == ("refuse", True)
+
+
+@pytest.mark.parametrize(("flags", "said"), [([], "refuse"), (["--guard-unscored-shape", "pass"], "pass")])
+def test_operators_choose_for_requests_without_a_directive(flags, said):
+    from guard.engine.launch import guard_arguments, guard_config
+
+    options = guard_arguments().parse_args(["--bundle", "b", *flags])
+    config = guard_config(options, SimpleNamespace(card=card(), digest="b" * 64))
+    assert config.default.unscored_shape == said
+
+
+@pytest.mark.filterwarnings("ignore", "error:::guard")  # vLLM and its dependencies warn a lot
+@pytest.mark.parametrize("tails", [TAILS, ()])
+def test_the_status_says_whether_shapes_are_checked(tails):
+    from guard.engine.readiness import Readiness
+
+    model = SimpleNamespace(served_model_name="m", max_model_len=8)
+    parallel = SimpleNamespace(data_parallel_size=1)
+    client = SimpleNamespace(vllm_config=SimpleNamespace(model_config=model, parallel_config=parallel))
+    config = GuardConfig(bundle="b", bundle_sha256="b" * 64, default=REFUSE_AT_HALF)
+    assert Readiness(client, config, card(prompt_tails=tails), "a").status.checks_shape == bool(tails)
