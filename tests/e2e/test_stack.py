@@ -248,7 +248,8 @@ class TestOrder:
         expected = [tiny_bundle.logits(reference.features(p)[None])[0] for p in found]
         clear = [(p, float(x)) for p, x in zip(found, expected, strict=True) if abs(x) > 0.02][:320]
         assert len(clear) >= 300
-        limits = httpx.Limits(max_connections=None)
+        # No connection is used twice: on a busy machine the gateway may have closed it by then.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         async with httpx.AsyncClient(base_url=stack.gateway, timeout=120.0, limits=limits) as client:
             alone = [await self.ask(client, p, "observe", stream=False) for p, _ in clear[::8]]
             burst = await asyncio.gather(
