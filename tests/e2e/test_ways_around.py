@@ -225,6 +225,38 @@ def _text(content: Any) -> Any:
     return "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
 
 
+HUGE: dict[str, Any] = {
+    "prompt": [10**30, *world.TAIL],
+    "max_tokens": 10**18,
+    "min_tokens": 10**18,
+    "n": 10**12,
+    "seed": 2**80,
+    "temperature": 1e308,
+    "top_k": 10**18,
+    "top_p": 1e-308,
+    "min_p": 5e-324,
+    "repetition_penalty": 1e308,
+    "presence_penalty": -1e308,
+    "logit_bias": {str(10**18): 100},
+    "stop_token_ids": [2**63, -(2**70)],
+    "allowed_token_ids": [2**63],
+    "bad_words": ["x" * 100_000],
+    "logprobs": 10**9,
+    "stop": ["x" * 100_000],
+}
+
+
+def test_huge_numbers_are_the_clients_own_mistake_and_harm_nobody(stack, prompts):
+    """At both doors; a number that the engine's tensors cannot hold must not take the engine down."""
+    for name, value in HUGE.items():
+        for base in (None, stack.engine):
+            body = {"model": "tiny", "prompt": prompts[1], "max_tokens": 2, name: value}
+            answer = raw(stack, TEXT, body, base=base)
+            assert answer.status_code < 500, (name, base, answer.text)
+            fine = raw(stack, TEXT, {"model": "tiny", "prompt": prompts[1], "max_tokens": 2}, base=base)
+            assert fine.status_code == 200, (name, base, fine.text)
+
+
 @pytest.mark.parametrize(
     "path",
     [

@@ -85,22 +85,24 @@ def test_bundle_without_tails_takes_prompts_of_any_shape():
         assert (verdict.action, verdict.unscored_shape) == ("pass", False)
 
 
-def of_sibling(shape: bool, **changes: object) -> Verdict:
-    prompt, logit = ([1, 2] if shape else [1, 8]), -5.0
-    order = Decision(policy="p", mode="observe", rules=(Rule(above=0.5, action="refuse"),))
-    return judge(ledger(), prompt, logit, order).model_copy(update=changes)
+def of_sibling(odd: bool, unscored_shape: str, probability: float) -> Verdict:
+    order = Decision(policy="p", mode="observe", rules=(), unscored_shape=unscored_shape)
+    verdict = judge(ledger(), [1, 2] if odd else [1, 8], -5.0, order)
+    return verdict.model_copy(update={"probability": probability})
 
 
+@pytest.mark.parametrize("unscored_shape", ["refuse", "pass"])
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_one_sibling_of_another_shape_marks_all(order):
-    siblings = [of_sibling(True, probability=0.1), of_sibling(False, probability=0.3)]
+def test_one_sibling_of_another_shape_marks_all(order, unscored_shape):
+    """Also where the other one, whose score is higher, is the one that binds."""
+    siblings = [of_sibling(True, unscored_shape, 0.1), of_sibling(False, unscored_shape, 0.3)]
     exchange = Exchange("gateway", Directive.issue(REFUSE_AT_HALF, audience="a", body=b"", siblings=2))
     for i in order:
         exchange.register(f"r{i}", prompt_id=f"r{i}", prompt_tokens=2)
     for i in order:
         exchange.record(f"r{i}", siblings[i])
     assert exchange.binding is not None
-    assert (exchange.binding.decision, exchange.binding.unscored_shape) == ("refuse", True)
+    assert (exchange.binding.decision, exchange.binding.unscored_shape) == (unscored_shape, True)
 
 
 @pytest.mark.parametrize(("flags", "said"), [([], "refuse"), (["--guard-unscored-shape", "pass"], "pass")])
