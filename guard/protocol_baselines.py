@@ -96,8 +96,8 @@ def baselines(bundle: Bundle, subject: Subject) -> dict[str, Baseline]:
     }
     texts = lambda seen, role: np.array([p.text for p in seen.prompts], dtype=object)  # noqa: E731
     return {
-        "words (n-gram naive Bayes)": Baseline(texts, _naive_bayes),
-        "words (TF-IDF, logistic regression)": Baseline(texts, _words),
+        "words (n-gram naive Bayes)": Baseline(texts, naive_bayes),
+        "words (TF-IDF, logistic regression)": Baseline(texts, words),
         **{
             f"random units, draw {draw + 1}": Baseline(random_units(draw), partial(_probe, family=family))
             for draw in range(DRAWS)
@@ -195,7 +195,8 @@ def _by_folds(baseline: Baseline, inputs: Any, seen: Observations) -> NDArray[np
     return found
 
 
-def _naive_bayes(train: Train) -> Score:
+def naive_bayes(train: Train) -> Score:
+    """Log-odds of naive Bayes over word 1- and 2-grams; ``train.inputs`` are texts ``[n]``."""
     model = make_pipeline(CountVectorizer(ngram_range=(1, 2)), MultinomialNB(fit_prior=False))
     model.fit(train.inputs, train.positive)
 
@@ -206,7 +207,8 @@ def _naive_bayes(train: Train) -> Score:
     return score
 
 
-def _words(train: Train) -> Score:
+def words(train: Train) -> Score:
+    """Logits of a logistic regression on TF-IDF weighted word 1- and 2-grams of texts ``[n]``."""
     model = make_pipeline(
         TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
         LogisticRegression(C=WORD_STRENGTH, class_weight="balanced", max_iter=5000),
