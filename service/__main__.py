@@ -52,6 +52,8 @@ def _summary(settings: Settings, app: FastAPI) -> str:
     ]
     if policies.judges:
         lines.append(f"judges      {', '.join(policies.judges)}")
+    if settings.test_string:
+        lines.append("test string is on: whoever sends it is refused")
     if rated:
         lines.append("            rules by fpr are checked once an engine has told its bundle's thresholds")
     return "\n".join([*lines, "the configuration is valid", ""])

@@ -54,7 +54,7 @@ class AuditRecord:
     stream: bool | None = None
     """Whether the answer was to be streamed."""
     verdict: str | None = None
-    """What the rules said."""
+    """What the rules said; ``test`` for the test string, which nobody judged."""
     action: str | None = None
     """What was done."""
     judge: str | None = None

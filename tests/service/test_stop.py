@@ -14,10 +14,10 @@ import httpx
 import pytest
 
 from tests.e2e.servers import free_port
+from tests.service.answers import CHATS
+from tests.service.fake_engine import CHAT, FakeEngine, chunk
 from tests.service.test_app import wait_for
-from tests.service.world import CHAT, FakeEngine, chunk, serving, settings_for
-
-CHATS = "/v1/chat/completions"
+from tests.service.world import serving, settings_for
 
 
 @contextmanager
@@ -67,9 +67,9 @@ def test_answers_that_are_on_their_way_finish(stream: bool, tmp_path: Path) -> N
 
 
 def test_it_says_that_it_will_stop_before_it_does(tmp_path: Path) -> None:
-    with process(tmp_path, FakeEngine(), NEURONGUARD_DRAIN_DELAY="1.5") as (url, child):
+    with process(tmp_path, FakeEngine(), NEURONGUARD_DRAIN_DELAY="1.0") as (url, child):
         child.terminate()
-        time.sleep(0.3)
+        time.sleep(0.2)
         ready = httpx.get(url + "/readyz")
         assert (ready.status_code, ready.json()["detail"]) == (503, "the gateway is stopping")
         assert httpx.post(url + CHATS, json=CHAT).status_code == 200
