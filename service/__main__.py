@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from prometheus_client import start_http_server
 
 from service.app import create_app
+from service.connection import bounded
 from service.errors import ConfigError
 from service.logs import set_up
 from service.settings import Settings, load_settings
@@ -81,6 +82,7 @@ class _Server(uvicorn.Server):
 def _serve(settings: Settings, app: FastAPI) -> None:
     config = uvicorn.Config(
         app,
+        http=bounded(settings),
         host=settings.host,
         port=settings.port,
         log_config=None,

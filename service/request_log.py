@@ -82,6 +82,9 @@ class RequestLog:
             except ClientGoneError:
                 record.outcome = "client_gone"
                 record.status = record.status or 499
+            except asyncio.CancelledError:  # told to stop, and the time to finish is over
+                record.outcome = "interrupted"
+                raise
             except _UnauditedError:
                 self.metrics.errors.labels("audit", "closed").inc()
                 failure = unavailable(
@@ -130,7 +133,8 @@ class RequestLog:
         try:
             record.write("end")
         except (OSError, ValueError) as error:
-            self.metrics.errors.labels("audit", "open").inc()
+            if record.event == "answer":
+                self.metrics.errors.labels("audit", "open").inc()
             logger.error("the audit log cannot be written: %s", error)
 
 

@@ -74,6 +74,8 @@ class Settings(BaseSettings):
     """Between two chunks of an answer."""
     send_timeout: float = Field(default=60.0, gt=0)
     """For a client to take one chunk."""
+    head_timeout: float = Field(default=10.0, gt=0)
+    """For a client to send the headers of a request, on a new connection or on one that was kept."""
     body_timeout: float = Field(default=30.0, gt=0)
     """For a client to send its whole request body."""
     status_timeout: float = Field(default=2.0, gt=0)
@@ -95,6 +97,8 @@ class Settings(BaseSettings):
 
     max_connections: int = Field(default=1024, ge=1)
     """Requests at the engine at one time; more get a 503 at once."""
+    max_head_bytes: int = Field(default=64 << 10, ge=1024)
+    """Of a request's headers."""
     max_body_bytes: int = Field(default=1 << 20, ge=1)
     max_json_depth: int = Field(default=64, ge=1, le=256)
     max_messages: int = Field(default=2048, ge=1)

@@ -37,6 +37,8 @@ class Lines:
 def read_file(path: Path, kind: str) -> tuple[Any, Lines]:
     """Parse a file, called a ``kind`` when something is wrong with it. Raises FileError."""
     try:
+        if path.exists() and not path.is_file():
+            raise FileError(f"The {kind} {path} is not a regular file.")  # reading a pipe may never end
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"Cannot read the {kind} {path}: {error}.") from error
