@@ -65,7 +65,7 @@ def doomed(tiny_model, tiny_bundle_dir, key_file, tmp_path_factory):
     port = servers.free_port()
     command = servers.engine_command(tiny_model, bundle, key_file, "tiny", port, *FLAGS)
     url, log = f"http://127.0.0.1:{port}", folder / "engine.log"
-    times = {"verdict_timeout": "3", "answer_timeout": "40", "idle_timeout": "20"}
+    times = {"verdict_timeout": "5", "answer_timeout": "40", "idle_timeout": "20"}
     with servers.process(command, servers.ENVIRONMENT, log) as child:
         servers.wait_until(f"{url}/guard/status", child, log)
         with gateway_process(folder, url, key_file, **times) as gateway:

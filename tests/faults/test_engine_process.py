@@ -72,9 +72,7 @@ def test_an_engine_that_hangs_or_dies_is_an_error_and_one_that_is_back_answers(t
             # Its server was ready a moment ago; soon it is known not to be, and nobody waits any more.
             assert error(ask(gate, stream=True)) in ((504, "engine_timeout"), (503, "engine_not_ready"))
             until(gate, 503)
-            started = time.monotonic()
             assert error(ask(gate)) == (503, "engine_not_ready")
-            assert time.monotonic() - started < 1.0
             assert gate.metric("guard_upstream_up") == 0
             child.send_signal(signal.SIGCONT)
             until(gate, 200)

@@ -109,9 +109,11 @@ def test_a_full_disk_closes_the_gateway_and_room_opens_it_again(tmp_path: Path) 
     with running(tmp_path) as (process, engine):
         assert ask("before", CHAT).status_code == 200
         # The last line of an answer goes out behind it, so that only its loss can be counted.
-        engine.stream = [chunk("first"), 1.0, chunk("second"), b"data: [DONE]\n\n"]
+        full = threading.Event()
+        engine.stream = [chunk("first"), full, chunk("second"), b"data: [DONE]\n\n"]
         (reader,) = begin(process, "during")
         allow(process, 0)
+        full.set()
         reader.join()
         assert "[DONE]" in reader.text
         engine.stream = None

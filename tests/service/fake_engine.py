@@ -98,7 +98,7 @@ class FakeEngine:
         self.change: Callable[[Verdict], Verdict] = lambda verdict: verdict
         self.leak = False
         self.error: tuple[int, Any] | None = None
-        self.stream: list[bytes | float] | None = None
+        self.stream: list[bytes | float | threading.Event] | None = None
         self.answer: bytes | None = None
         self.media_type: bytes | None = None
         self.before_headers = 0.0
@@ -197,7 +197,9 @@ class FakeEngine:
             {"type": "http.response.start", "status": 200, "headers": [(b"content-type", media_type), *extra]}
         )
         for part in self.stream if self.stream is not None else stream_of(body):
-            if isinstance(part, float):
+            if isinstance(part, threading.Event):
+                await asyncio.to_thread(part.wait, 20)
+            elif isinstance(part, float):
                 if part < 0:
                     raise ConnectionResetError("the fake engine dies")
                 await asyncio.sleep(part)

@@ -51,7 +51,7 @@ def test_answers_that_are_on_their_way_finish(stream: bool, tmp_path: Path) -> N
 
 
 def test_it_says_that_it_will_stop_before_it_does(tmp_path: Path) -> None:
-    with process(tmp_path, FakeEngine(), drain_delay="1.0") as (url, child):
+    with process(tmp_path, FakeEngine(), drain_delay="1.5") as (url, child):
         child.terminate()
         time.sleep(0.2)
         ready = httpx.get(url + "/readyz")
