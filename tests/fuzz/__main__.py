@@ -1,7 +1,7 @@
 """``python -m tests.fuzz``: let Atheris look for inputs that break a promise, for a bounded time.
 
 Needs ``neuronguard[fuzz]``. New inputs go to ``results/fuzz/TARGET``, those that break something under a name
-that begins with ``crash-``, ``timeout-`` or ``oom-``; ``--keep`` copies the shortest others to the corpus.
+that begins with ``crash-``, ``timeout-`` or ``oom-``; ``--keep`` copies some of the others to the corpus.
 """
 
 import importlib.util
@@ -47,7 +47,7 @@ def fuzz(target: str, seconds: int, folder: Path) -> list[Path]:
 
 
 def keep(target: str, folder: Path, count: int) -> int:
-    """Copy the shortest inputs that were found into the corpus; returns how many."""
+    """Copy inputs that were found, short and long ones, into the corpus; returns how many."""
     found = [path for path in folder.iterdir() if not path.name.startswith(FAILURES)]
     known = {path.read_bytes() for path in (CORPUS / target).iterdir()}
     new = [
@@ -55,9 +55,10 @@ def keep(target: str, folder: Path, count: int) -> int:
         for path in sorted(found, key=lambda p: (p.stat().st_size, p.name))
         if path.read_bytes() not in known
     ]
-    for path in new[:count]:
+    chosen = new[:: max(1, len(new) // count)][:count] if count else []
+    for path in chosen:
         shutil.copy(path, CORPUS / target / path.name[:12])
-    return len(new[:count])
+    return len(chosen)
 
 
 @click.command()
