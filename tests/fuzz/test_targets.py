@@ -57,7 +57,7 @@ def test_kept_inputs(path: Path) -> None:
 def test_mutations_of_kept_inputs(target: str) -> None:
     kept = [path.read_bytes() for path in inputs(target)]
 
-    @settings(deadline=None, max_examples=100, suppress_health_check=list(HealthCheck))
+    @settings(deadline=None, max_examples=50, suppress_health_check=list(HealthCheck))
     @given(mutated(kept) | st.binary(max_size=200))
     def holds(data: bytes) -> None:
         TARGETS[target](data)
