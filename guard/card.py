@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from guard.patch_card import MOST_PATCHES, PatchCard
+from guard.reference import ScoreReference
 from guard.scorer import ProbeKind
 from guard.sites import ModelShape, SiteKind
 from guard.verdict import Decision, Rule, Threshold
@@ -166,7 +167,8 @@ def _check_logits(
 class GuardCard(_Card):
     """Everything in ``guard.json``."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
+    """Older ones are read by way of ``guard.bundle_schema``."""
     model: ModelCard
     label: Literal["unsafe_output", "harmful_prompt"]
     """Which question the probe answers: is *this model's answer* unsafe, or is the *request* harmful."""
@@ -181,6 +183,8 @@ class GuardCard(_Card):
     data: tuple[DataFile, ...]
     metrics: dict[str, Any]
     self_test: SelfTest
+    reference: ScoreReference | None = None
+    """The scores at the time of the fit, to tell drift by; None in bundles that were made without."""
     created: dict[str, str]
     """Facts of the making: versions, date, command, seed."""
     adapters: tuple[AdapterCard, ...] = ()

@@ -28,6 +28,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from guard.reference import ScoreReference
 from guard.sealed import Keyring, SealError
 
 DIRECTIVE_HEADER = "x-guard-directive"
@@ -261,6 +262,10 @@ class EngineStatus(_Wire):
     max_model_len: int
     bundle: str
     """Digest of the bundle in force."""
+    signed_by: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    """The public key that signed it (``guard.public_keys``); None: it is not signed."""
+    reference: ScoreReference | None = None
+    """The bundle's scores when it was fitted, which live ones are compared with; None: it has none."""
     label: Literal["unsafe_output", "harmful_prompt"]
     """Which question the bundle's probe answers."""
     thresholds: tuple[Threshold, ...]

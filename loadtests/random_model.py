@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from guard.bundle import Bundle, Calibration, DataFile, GuardCard, ModelCard, SelfTest, Site
 from guard.digest import tokenizer_digest, weights_digest
+from guard.drift import make_reference
 from guard.scorer import Scorer
 from guard.sites import shape_of
 from guard.verdict import Threshold
@@ -109,7 +110,8 @@ def make_bundle(
     weight = (weight / raw.std()).astype(np.float32)
     bias = float(-np.median(features @ weight))
     logits = features @ weight + np.float32(bias)
-    shape = reference.shape
+    shape, calibration = reference.shape, Calibration(slope=2.0, offset=0.0)
+    scores = np.array([calibration.probability(float(logit)) for logit in logits])
     card = GuardCard(
         model=ModelCard(
             name=model.name,
@@ -121,7 +123,7 @@ def make_bundle(
         prompt_tails=((258,),),
         sites=sites,
         probe="linear",
-        calibration=Calibration(slope=2.0, offset=0.0),
+        calibration=calibration,
         thresholds=tuple(
             Threshold(false_positive_rate=rate, probability=p, logit=0.0, benign=100, upper95=0.1)
             for rate, p in ((0.01, 0.5), (0.001, 0.9))
@@ -134,6 +136,7 @@ def make_bundle(
             logits={"float32": tuple(float(x) for x in logits[:6])},
             tolerance={"float32": 1e-3},
         ),
+        reference=make_reference(scores, scores),
         created={"by": "loadtests.random_model"},
     )
     bundle = Bundle(card, Scorer.linear(weight, bias))

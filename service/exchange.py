@@ -270,12 +270,12 @@ def _count(call: Call, forward: Forward, judged: Judged | None) -> None:
     mode = judged.decision.mode if judged else forward.order(call.bound.decision).mode
     record.mode, record.stream, record.verdict, record.action = mode, forward.stream, said, action
     metrics.requests.labels(call.bound.name, model, said, action, mode, str(forward.stream).lower()).inc()
-    if verdict is None:
+    if judged is None or verdict is None:
         return
     record.bundle = verdict.bundle
     record.prompt_tokens = (record.prompt_tokens or 0) + verdict.prompt_tokens
     if verdict.probability is not None:
-        metrics.score.labels(model).observe(verdict.probability)
+        metrics.scored(model, judged.call.lane.engine.status, verdict.bundle, verdict.probability)
         if call.gateway.settings.audit_scores:
             record.probability = max(verdict.probability, record.probability or 0.0)
     if forward.stream or action != "pass":

@@ -38,6 +38,8 @@ class Settings(BaseSettings):
     """Where the guarded vLLM listens, without a path; several with commas between."""
     key_file: Path
     """The key ring shared with the engine (``guard.sealed.Keyring``)."""
+    require_signed_by: Path | None = None
+    """File of public keys (PEM); an engine whose bundle none of them has signed gets no requests."""
     policy_file: Path | None = None
     """Policies and API keys. Without one: refuse at the engine's default decision, no API keys."""
     policy_interval: float = Field(default=5.0, ge=0)

@@ -141,11 +141,13 @@ class GuardMiddleware:
     def _start(self, state: Any) -> None:
         engine_client = state.engine_client
         config = GuardConfig.of(engine_client.vllm_config)
-        card = config.load_bundle().card
+        bundle = config.load_bundle()
         self._exchanges = Exchanges(engine_client.output_processor)
         models = getattr(state, "openai_serving_models", None)
         adapters = models.lora_requests if models is not None else {}
-        self._readiness = Readiness(engine_client, config, card, self._audience, adapters)
+        self._readiness = Readiness(
+            engine_client, config, bundle.card, self._audience, adapters, config.signed_by(bundle)
+        )
         self._self_test = asyncio.get_running_loop().create_task(self._run_self_test(self._readiness))
 
     async def _run_self_test(self, readiness: Readiness) -> None:

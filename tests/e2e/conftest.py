@@ -11,6 +11,7 @@ import pytest
 from guard.bundle import Bundle
 from guard.cli import main
 from guard.sealed import Keyring
+from guard.signature import make_key
 from loadtests.random_model import Reference
 from tests.e2e import servers
 from tests.e2e.servers import Stack
@@ -46,7 +47,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle_dir(tiny_model: Path) -> Path:
+def signing_key(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A private key for signing bundles; the public one is beside it, ``.pub``."""
+    path = tmp_path_factory.mktemp("signing") / "key"
+    make_key(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle_dir(tiny_model: Path, signing_key: Path) -> Path:
+    """A bundle with two patches, signed."""
     directory = tiny_model.parent / "tiny-bundle"
     world.make_bundle(directory, tiny_model)
     units = tiny_model.parent / "units.json"
@@ -54,6 +64,7 @@ def tiny_bundle_dir(tiny_model: Path) -> Path:
     for name, *what in (("quiet", "--zero", "--units", str(units)), ("begun", "--prefix", "Well, ")):
         command = ["bundle", "patch", str(directory), "--model", str(tiny_model), "--name", name, *what]
         main([*command, "--out", str(directory)], standalone_mode=False)
+    main(["bundle", "sign", str(directory), "--key", str(signing_key)], standalone_mode=False)
     return directory
 
 

@@ -16,6 +16,8 @@ from tests.service.world import eventually, world
 NAMES = {
     "guard_requests",
     "guard_score",
+    "guard_score_bin",
+    "guard_score_reference",
     "guard_time_to_verdict_seconds",
     "guard_request_seconds",
     "guard_upstream_first_byte_seconds",
