@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from guard.verdict import UNSCORED_SHAPE
+from service import drill
 from service.backend import BackendError, TooSlowError
 from service.chat_body import ChatBody
 from service.completion_body import CompletionBody
@@ -47,6 +48,8 @@ async def generate(
         )
     moderation = body.moderation if isinstance(body, ChatBody) else None
     narrowed = moderation is not None and moderation.blocks
+    if call.gateway.settings.test_string and drill.asked_for(body):
+        return _rehearsed(call, body, route)
     forward = Forward(
         path="/v1/chat/completions" if route == "chat" else "/v1/completions",
         body=body.forwarded(call.cache_salt),
@@ -65,7 +68,8 @@ async def generate(
                 raise _other_shape(call, judged)
             # Whatever the engine put into the body: it is not read, and the connection is closed at once.
             await judged.answer.close()
-            response = _refused(call, judged, body, route, finding)
+            tokens = judged.verdict.prompt_tokens if judged.verdict else 0
+            response = _refused(call, body, route, guard_headers(call, judged), tokens, finding)
         elif body.streamed:
             response = _relayed(call, judged, finding)
         else:
@@ -111,11 +115,23 @@ def _other_shape(call: Call, judged: Judged) -> ApiError:
     )
 
 
+def _rehearsed(call: Call, body: ChatBody | CompletionBody, route: Literal["chat", "text"]) -> Response:
+    """The refusal that the test string asks for. Nobody judged, which audit, metrics and headers say."""
+    record = call.record
+    record.mode, record.stream = call.bound.decision.mode, body.streamed
+    record.verdict, record.action = drill.ASKED, "refuse"
+    call.gateway.metrics.test_refusals.labels(call.bound.name).inc()
+    headers = {"x-guard-action": "refuse", "x-guard-policy": call.bound.name, drill.HEADER: "refusal"}
+    wished = isinstance(body, ChatBody) and body.moderation is not None
+    return _refused(call, body, route, headers, 0, report(call.model, True, None) if wished else None)
+
+
 def _refused(
     call: Call,
-    judged: Judged,
     body: ChatBody | CompletionBody,
     route: Literal["chat", "text"],
+    headers: dict[str, str],
+    prompt_tokens: int,
     finding: dict[str, Any] | None,
 ) -> Response:
     refused = RefusedAnswer(
@@ -124,11 +140,10 @@ def _refused(
         request_id=call.record.request_id,
         model=body.model,
         siblings=body.siblings,
-        prompt_tokens=judged.verdict.prompt_tokens if judged.verdict else 0,
+        prompt_tokens=prompt_tokens,
         moderation=finding,
     )
     call.record.completion_tokens = 0
-    headers = guard_headers(call, judged)
     error = refused.error()
     if error is not None:
         call.record.code = error[1]["error"]["code"]

@@ -123,7 +123,11 @@ class Metrics:
             self.errors.labels(stage, "closed")
         self.errors.labels("verdict", "open")
         self.errors.labels("audit", "open")
-        self.inflight = Gauge("guard_inflight_requests", "Requests being answered.", registry=registry)
+        self.inflight = Gauge(
+            "guard_inflight_requests",
+            "Requests being answered, those for health, metrics and the API's description aside.",
+            registry=registry,
+        )
         self.inflight_limit = Gauge(
             "guard_inflight_requests_limit",
             "Most requests that are sent to the engine at one time; more get a 503 at once.",
@@ -174,6 +178,12 @@ class Metrics:
         )
         for result in ("done", "failed"):
             self.policy_reloads.labels(result)
+        self.test_refusals = Counter(
+            "guard_test_refusals_total",
+            "Requests refused because they are the test string; they are in no other count of refusals.",
+            ("policy",),
+            registry=registry,
+        )
         self.rejections = Counter(
             "guard_rejections_total",
             "Requests turned away for the load they are: rate and concurrency of their key, or saturated.",
@@ -247,6 +257,7 @@ class Metrics:
     def _show(self, status: EngineStatus, bound: BoundPolicy) -> None:
         decision, policy = bound.decision, bound.policy
         self.policy_info.labels(bound.name, decision.mode, policy.on_missing_verdict).set(1)
+        self.test_refusals.labels(bound.name)
         for rule in reversed(decision.rules):  # the first rule of an action is the one that shows
             self.policy_threshold.labels(bound.name, status.model, rule.action).set(rule.above)
         refuses = decision.unscored_shape == "refuse" and decision.mode == "enforce"

@@ -14,7 +14,8 @@ from service.engine import EngineWatch
 from service.metrics import Metrics
 from service.policy_store import PolicyStore
 from service.settings import Settings
-from tests.service.world import BAD_CHAT, CHAT, MODEL, World, a_status, eventually, world
+from tests.service.fake_engine import BAD_CHAT, CHAT, MODEL, a_status
+from tests.service.world import World, eventually, world
 
 KEYS = Keyring.generate()
 
