@@ -8,7 +8,8 @@ import pytest
 
 from guard.sealed import Keyring
 from service.policy_file import PolicyError, load_policies
-from tests.service.world import CHAT, MODEL, FakeEngine, world
+from tests.service.fake_engine import CHAT, MODEL, FakeEngine
+from tests.service.world import world
 
 KEYS = {"a1": "acme", "a2": "acme", "b1": "brass"}
 DIGESTS = {name: hashlib.sha256(name.encode()).hexdigest() for name in KEYS}

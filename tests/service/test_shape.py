@@ -10,8 +10,9 @@ import pytest
 from guard.verdict import UNSCORED_SHAPE, Decision, Rule, Verdict, VerdictError
 from service.audit import logger as audit_logger
 from service.policy_file import PolicyError, load_policies
+from tests.service.fake_engine import BAD_CHAT, CHAT, MODEL, SECRET, FakeEngine, a_status
 from tests.service.test_directives import KEYS, issue, verdict
-from tests.service.world import BAD_CHAT, CHAT, MODEL, SECRET, FakeEngine, World, a_status, world
+from tests.service.world import World, world
 
 TEXT = {"model": MODEL, "prompt": "hello"}
 POLICIES = """

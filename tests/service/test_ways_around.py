@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.service.world import BAD_CHAT, CHAT, MODEL, SECRET, live, world
+from tests.service.fake_engine import BAD_CHAT, CHAT, MODEL, SECRET
+from tests.service.world import live, world
 
 CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
 TEXT = {"model": MODEL, "prompt": "hello"}
