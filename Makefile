@@ -7,7 +7,7 @@ ARGS   ?=
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help env serve test lint format bench bundle locate patch-results compat dashboards clean
+.PHONY: help env serve test fuzz lint format bench bundle detection locate patch-results compat dashboards clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ serve: env  ## start a guarded endpoint on HOST:PORT (127.0.0.1:8080)
 
 test: env  ## run the whole suite
 	OMP_NUM_THREADS=1 $(PY) -m pytest --durations=15 $(ARGS)
+
+fuzz: env  ## look for inputs that break the decoders, a minute each; needs the extra fuzz
+	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz $(ARGS)
 
 lint: env  ## check format, style and types
 	$(PY) -m ruff format --check .
@@ -37,6 +40,9 @@ bench: env  ## measure what the guard costs beside plain vLLM
 
 bundle: env  ## fit and evaluate the lab model's bundle anew; NEURONGUARD_DATA names the data folder
 	$(PY) -m models.recipe.bundle $(ARGS)
+
+detection: env  ## measure the lab guard by the whole protocol; NEURONGUARD_DATA names the data folder
+	$(PY) -m models.recipe.detection $(ARGS)
 
 locate: env  ## run the four methods on the lab twins anew; NEURONGUARD_DATA names the data folder
 	$(PY) -m models.recipe.locate $(ARGS)

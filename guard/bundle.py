@@ -1,8 +1,9 @@
 """The Bundle: a directory with ``guard.json`` and ``guard.safetensors``, all that fitting hands to serving.
 
 ``guard.json`` is readable by people and holds everything but arrays; ``guard.safetensors`` holds the probe.
-There is no pickle. A bundle is bound to one model by two digests, one of the weights and one of tokenizer and
-chat template; loading it for another model is refused with a sentence that says what differs.
+There is no pickle. ``CARD.md``, made of ``guard.json``, says the same for people who read no JSON. A bundle
+is bound to one model by two digests, one of the weights and one of tokenizer and chat template; loading it
+for another model is refused with a sentence that says what differs.
 
 The classes of the card are in ``guard.card`` and may be imported from here.
 """
@@ -10,6 +11,7 @@ The classes of the card are in ``guard.card`` and may be imported from here.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -17,8 +19,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import ValidationError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save_file
 
+from guard.bundle_card import TEXT_FILE, bundle_card
+from guard.bundle_schema import CURRENT, SchemaError, migrated, version_of
 from guard.card import (
     AdapterCard,
     Calibration,
@@ -37,6 +41,8 @@ from guard.sites import ModelShape
 __all__ = [
     "ARRAY_FILE",
     "CARD_FILE",
+    "SIGNATURE_FILE",
+    "TEXT_FILE",
     "AdapterCard",
     "Bundle",
     "BundleError",
@@ -50,6 +56,8 @@ __all__ = [
 
 CARD_FILE = "guard.json"
 ARRAY_FILE = "guard.safetensors"
+SIGNATURE_FILE = "signature.json"
+"""There if the bundle is signed (``guard.signature``)."""
 
 
 class BundleError(ValueError):
@@ -59,7 +67,16 @@ class BundleError(ValueError):
 class Bundle:
     """A loaded bundle: ``card``, the ``scorer`` that reads raw activations in feature order, and patches."""
 
-    def __init__(self, card: GuardCard, scorer: Scorer, patches: Iterable[Patch] = ()) -> None:
+    def __init__(
+        self,
+        card: GuardCard,
+        scorer: Scorer,
+        patches: Iterable[Patch] = (),
+        *,
+        stored: bytes | None = None,
+        stored_version: int = CURRENT,
+    ) -> None:
+        """``stored`` is the card as it was read, of schema version ``stored_version``; None: newly made."""
         if scorer.kind != card.probe:
             raise BundleError(f"the card says {card.probe!r}, but the probe is {scorer.kind!r}")
         if scorer.features != card.features:
@@ -76,11 +93,17 @@ class Bundle:
             raise BundleError(str(error)) from error
         self.card = card
         self.scorer = scorer
-        self._card_bytes = card_bytes(card)
+        self.stored_version = stored_version
+        """Schema version of ``guard.json`` as it was read."""
+        self._card_bytes = card_bytes(card) if stored is None else stored
 
     @property
     def digest(self) -> str:
-        """SHA-256 over card and arrays: the bundle's name in verdicts, metrics and status."""
+        """SHA-256 over card and arrays: the bundle's name in verdicts, metrics and status.
+
+        Of a bundle that was read it is over the card's bytes as they were stored, whatever their schema
+        version, so that reading it with a newer release does not change its name.
+        """
         digest = hashlib.sha256(self._card_bytes)
         for array in self._arrays().values():
             digest.update(array.tobytes())
@@ -99,6 +122,7 @@ class Bundle:
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
             (staging / CARD_FILE).write_bytes(self._card_bytes)
+            (staging / TEXT_FILE).write_text(bundle_card(self.card, self.digest), "utf-8")
             save_file(self._arrays(), staging / ARRAY_FILE)
             # Private by default, both of them: a bundle is as readable as any file, whoever serves it.
             (staging / ARRAY_FILE).chmod(0o644)
@@ -114,21 +138,35 @@ class Bundle:
         """Read and validate a bundle. Raises BundleError with what was wrong and where."""
         root = Path(directory)
         try:
-            text = (root / CARD_FILE).read_text("utf-8")
-            arrays = load_file(root / ARRAY_FILE)
+            stored = (root / CARD_FILE).read_bytes()
+            document = json.loads(stored)
+            arrays = load((root / ARRAY_FILE).read_bytes())
         except Exception as error:
             raise BundleError(
                 f"{root} is not a readable bundle (expected {CARD_FILE} and {ARRAY_FILE}): {error}"
             ) from error
         try:
-            card = GuardCard.model_validate_json(text)
-        except ValidationError as error:
+            version, card = version_of(document), GuardCard.model_validate(migrated(document))
+        except (SchemaError, ValidationError) as error:
             raise BundleError(f"{root / CARD_FILE} is not a valid card: {error}") from error
         try:
             patches = take_patches(card.patches, arrays)
-            return cls(card, Scorer.of_arrays(card.probe, arrays), patches)
+            scorer = Scorer.of_arrays(card.probe, arrays)
+            return cls(card, scorer, patches, stored=stored, stored_version=version)
         except (ScorerError, PatchError) as error:
             raise BundleError(f"{root / ARRAY_FILE}: {error}") from error
+
+    def migrated(self) -> Bundle:
+        """The same bundle in the current schema: other bytes, and therefore another digest.
+
+        ``created.migrated_from`` names the bundle that it was. Raises BundleError when it is current already.
+        """
+        if self.stored_version == CURRENT:
+            raise BundleError(
+                f"the bundle is of schema version {CURRENT} already; there is nothing to migrate"
+            )
+        created = {**self.card.created, "migrated_from": self.digest}
+        return Bundle(self.card.model_copy(update={"created": created}), self.scorer, self.patches.values())
 
     def with_adapter(self, adapter: AdapterCard) -> Bundle:
         """The same bundle that lists ``adapter`` as well. Raises BundleError when its name is taken."""

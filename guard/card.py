@@ -10,11 +10,12 @@ import json
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from guard.patch_card import MOST_PATCHES, PatchCard
+from guard.reference import ScoreReference
 from guard.scorer import ProbeKind
 from guard.sites import ModelShape, SiteKind
 from guard.verdict import Decision, Rule, Threshold
@@ -166,12 +167,15 @@ def _check_logits(
 class GuardCard(_Card):
     """Everything in ``guard.json``."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
+    """Older ones are read by way of ``guard.bundle_schema``."""
     model: ModelCard
     label: Literal["unsafe_output", "harmful_prompt"]
     """Which question the probe answers: is *this model's answer* unsafe, or is the *request* harmful."""
-    prompt_tails: tuple[tuple[int, ...], ...] = Field(min_length=1)
-    """Token ids that end an accepted prompt (what the chat template adds after the last user turn)."""
+    prompt_tails: tuple[Annotated[tuple[int, ...], Field(min_length=1)], ...]
+    """Token ids that end an accepted prompt (what the chat template adds after the last user turn).
+
+    None at all: the probe takes prompts of any shape, and engines do not check how they end."""
     sites: tuple[Site, ...] = Field(min_length=1)
     probe: ProbeKind
     calibration: Calibration
@@ -181,6 +185,8 @@ class GuardCard(_Card):
     data: tuple[DataFile, ...]
     metrics: dict[str, Any]
     self_test: SelfTest
+    reference: ScoreReference | None = None
+    """The scores at the time of the fit, to tell drift by; None in bundles that were made without."""
     created: dict[str, str]
     """Facts of the making: versions, date, command, seed."""
     adapters: tuple[AdapterCard, ...] = ()

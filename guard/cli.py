@@ -8,20 +8,24 @@ from typing import Any
 import click
 
 from guard import __version__
+from guard.commands.answer import answer
 from guard.commands.bundle import bundle
 from guard.commands.compare import compare
+from guard.commands.drift import drift
 from guard.commands.evaluate import evaluate
 from guard.commands.fit import fit
 from guard.commands.judge import judge
 from guard.commands.locate import locate
 from guard.commands.materialise import materialise
 from guard.commands.units import units
+from guard.commands.verify import verify
 from guard.serve.command import serve
 from service.__main__ import gateway
 
 # What the gateway does without: the base installation has none of these.
 _EXTRA = frozenset(
     {
+        "cryptography",
         "jinja2",
         "matplotlib",
         "numpy",
@@ -71,8 +75,11 @@ main.add_command(units)
 main.add_command(fit)
 main.add_command(evaluate)
 main.add_command(compare)
+main.add_command(answer)
 main.add_command(judge)
+main.add_command(drift)
 main.add_command(bundle)
+main.add_command(verify)
 main.add_command(materialise)
 main.add_command(serve)
 main.add_command(gateway)

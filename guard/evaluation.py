@@ -25,7 +25,7 @@ from guard.data import DataError, Dataset, Problem, listed
 from guard.evaluate import EvaluationError, tables
 from guard.figures import RATES, Document, Scored, flag_rates, group, ranking, rate_name
 from guard.observe import Observations, Subject
-from guard.prompts import encode
+from guard.prompts import encode, ends_with_tail
 from guard.reliability import at_prior, calibration
 from guard.resample import Bootstrap, requests_of
 from guard.verdict import Threshold
@@ -116,7 +116,10 @@ def evaluate_bundle(
             texts = np.array([name or "none" for name in names], dtype=np.str_)
             document[f"by_{key}"] = by(texts, scored, pool, card.thresholds, bootstrap)
     if answers:
-        document["unsafe_output"] = unsafe_output(seen, scored, pool, card.thresholds, bootstrap)
+        figures = unsafe_output(seen, scored, pool, card.thresholds, bootstrap)
+        document["unsafe_output"] = {"judge": subject.judge, **figures}
+        if (judged := subject.judgements) is not None:
+            document["unsafe_output"]["judgements"] = {"name": judged.file, "sha256": judged.sha256}
         document["evaluation"] = tables(seen, logits, card.thresholds, apart=apart)
     stated = np.array([card.calibration.probability(float(logit)) for logit in logits])
     # Finite, where a probability has rounded to 0 or 1.
@@ -128,7 +131,11 @@ def evaluate_bundle(
         document["calibration"] = calibration(at_prior(odds[pool], target), target) if both else None
     files = [file.model_dump() for file in (*(f for f in card.data if f.role != "evaluate"), *dataset.files)]
     document |= {
-        "left_out": {**dataset.dropped, "too long": seen.too_long},
+        "left_out": {
+            **dataset.dropped,
+            "too long": seen.too_long,
+            **({"not judged": seen.not_judged} if subject.judgements is not None else {}),
+        },
         "problems": {
             "by_kind": dict(Counter(problem.kind for problem in problems)),
             "first": [
@@ -164,7 +171,7 @@ def refuse_used(bundle: Bundle, dataset: Dataset) -> None:
 
 def over_long(dataset: Dataset, seen: Observations, subject: Subject) -> list[Problem]:
     """What observing left out, by file and line."""
-    if not seen.too_long:
+    if not seen.too_long and not seen.not_judged:
         return []
     limit = subject.checkpoint.context - subject.new_tokens
     kept, found = set(map(id, seen.prompts)), []
@@ -174,6 +181,9 @@ def over_long(dataset: Dataset, seen: Observations, subject: Subject) -> list[Pr
             if length > limit:
                 text = f"{length} tokens, at most {limit} fit the model's context beside an answer"
                 found.append(prompt.problem("over-long prompt", text))
+            elif ends_with_tail(encode(subject.tokenizer, prompt.chat()), subject.tails):
+                text = "the judgements say nothing of this model's answer to it"
+                found.append(prompt.problem("not judged", text))
             else:
                 text = "the chat template does not end this conversation as the bundle's prompts end"
                 found.append(prompt.problem("other ending", text))
@@ -229,7 +239,8 @@ def unsafe_output(
     thresholds: Sequence[Threshold],
     bootstrap: Bootstrap,
 ) -> Document:
-    """The other question: positive is a harmful request that this model does not refuse.
+    """The other question: positive is a harmful request that this model does not refuse, or of its answer to
+    which a judge says that it is unsafe.
 
     ``overall`` holds those against everything else, ``among_harmful`` against harmful requests that the model
     refuses by itself: there, knowing a harmful request when it comes is of no help.
@@ -247,7 +258,6 @@ def unsafe_output(
 
     return {
         "question": "unsafe_output",
-        "judge": "refusal matcher",
         "overall": of(pool),
         "among_harmful": of(seen.harmful),
     }

@@ -97,7 +97,12 @@ def _about(fitted: Fitted, positive: BoolArray, *roles: tuple[Dataset, Role]) ->
         "prompts": len(positive),
         "positive": int(positive.sum()),
         "left_out": {
-            dataset.role: {**dataset.dropped, "too long": role.seen.too_long} for dataset, role in roles
+            dataset.role: {
+                **dataset.dropped,
+                "too long": role.seen.too_long,
+                **({"not judged": role.seen.not_judged} if role.seen.not_judged else {}),
+            }
+            for dataset, role in roles
         },
         "folds": "sources" if fitted.choice.by_source else "rows",
         "inverse_regularisation": fitted.choice.strength,
@@ -177,6 +182,7 @@ def _pack(
         data=tuple(files),
         metrics=metrics,
         self_test=measured.self_test,
+        reference=fitted.reference,
         # No date: the same inputs give the same bundle, digest included.
         created={
             "neuronguard": guard.__version__,
@@ -188,6 +194,11 @@ def _pack(
             **({"capture": "engine"} if subject.reader is not None else {}),
             "dtype": subject.dtype,
             "judged_tokens": str(subject.new_tokens),
+            **(
+                {"judge": subject.judge, "judgements": judged.sha256}
+                if (judged := subject.judgements)
+                else {}
+            ),
             **settings.recorded(),
         },
     )

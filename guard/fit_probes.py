@@ -20,10 +20,12 @@ from guard.calibrate import (
     threshold_at,
 )
 from guard.capture import Float32Array
+from guard.drift import make_reference
 from guard.fit_settings import FitError, FitSettings
 from guard.leave_out import Choice, best_of, choose_strength
 from guard.observe import Observations
 from guard.probe import BoolArray, fit_probe
+from guard.reference import ScoreReference
 from guard.scorer import Scorer, product_logit
 from guard.select import SHARE, Selector, select_stable, selector
 from guard.sites import ModelShape
@@ -77,6 +79,8 @@ class Fitted:
     """Why a threshold that was asked for is not there."""
     about: dict[str, Any]
     """How units, layers and regularisation were chosen, for the card."""
+    reference: ScoreReference | None
+    """The scores of benign threshold prompts and, held out, of the fit's harmful ones."""
 
 
 def fit_probes(fitting: Fitting, benign: Role, settings: FitSettings) -> Fitted:
@@ -106,10 +110,17 @@ def fit_probes(fitting: Fitting, benign: Role, settings: FitSettings) -> Fitted:
     calibration = calibrate(held_out, fitting.positive)
     if fitting.hard.any():
         about["hard_negatives"] = _hard_negatives(fitting, held_out)
-    thresholds, omitted, about["thresholds"] = _thresholds(
-        probe.logits(benign.features[:, columns]), benign.seen, calibration, settings
+    calm = probe.logits(benign.features[:, columns])
+    thresholds, omitted, about["thresholds"] = _thresholds(calm, benign.seen, calibration, settings)
+    reference = make_reference(
+        *(_stated(logits, calibration) for logits in (calm[~benign.seen.harmful], held_out[harmful]))
     )
-    return Fitted(units, columns, probe, choice, thresholds, calibration, omitted, about)
+    return Fitted(units, columns, probe, choice, thresholds, calibration, omitted, about, reference)
+
+
+def _stated(logits: Float32Array, calibration: Calibration) -> NDArray[np.float64]:
+    """P(unsafe) as an engine states it."""
+    return np.array([calibration.probability(float(logit)) for logit in logits], dtype=np.float64)
 
 
 def _options(fitting: Fitting, settings: FitSettings) -> dict[str, Units]:

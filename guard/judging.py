@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from guard.agreement import agreements
 from guard.data import Problem
 from guard.digest import file_digest
+from guard.judgements import answer_digest
 from guard.judges import Answered, Judge, JudgeError, Judgement
 from guard.report import table
 
@@ -67,14 +67,13 @@ def lines(answers: Sequence[Answered], views: Mapping[str, Sequence[Judgement]])
     """The judgements, gzipped JSON lines: each answer by file, line and digest, never by its text."""
     found = []
     for index, each in enumerate(answers):
-        text = json.dumps([each.messages, each.answer], ensure_ascii=True)
         found.append(
             json.dumps(
                 {
                     "file": each.path.name,
                     "line": each.line,
                     "source": each.source,
-                    "sha256": hashlib.sha256(text.encode()).hexdigest(),
+                    "sha256": answer_digest(each.messages, each.answer),
                     "judgements": {name: said[index].view for name, said in views.items()},
                 }
             )

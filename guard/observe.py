@@ -26,6 +26,7 @@ from guard.capture import Float32Array, read_prompts
 from guard.checkpoint import Checkpoint
 from guard.data import Dataset, Prompt
 from guard.judge import is_refusal
+from guard.judgements import Judgements, JudgementsError
 from guard.prompts import Tokens, encode, ends_with_tail, prompt_tails
 from guard.units import Units
 
@@ -40,9 +41,11 @@ class Observations:
     prompts: tuple[Prompt, ...]
     tokens: tuple[Tokens, ...]
     refused: NDArray[np.bool_]
-    """Whether the model's own answer is a refusal."""
+    """Whether the model's own answer is a refusal, or, where judgements label harmful prompts, safe."""
     too_long: int
     """Prompts left out because the model's context cannot hold them."""
+    not_judged: int = 0
+    """Harmful prompts left out because the judgements that label them say nothing of the answer."""
 
     @cached_property
     def harmful(self) -> NDArray[np.bool_]:
@@ -101,6 +104,7 @@ class Subject:
         batch_tokens: int = 8192,
         progress: bool = False,
         reader: Reader | None = None,
+        judgements: Judgements | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.cache = cache
@@ -112,6 +116,8 @@ class Subject:
         self.progress = progress
         self.reader = reader
         """Runs the model in place of transformers."""
+        self.judgements = judgements
+        """Who says, in place of the refusal matcher, whether answers to harmful prompts are unsafe."""
 
     @cached_property
     def model(self) -> Any:
@@ -144,7 +150,8 @@ class Subject:
         """Tokenise the prompts that fit the context, answer them and judge the answers.
 
         ``judge`` says for which: benign answers do not enter a fit, and thresholds need no answers at all.
-        Prompts that are not judged count as not refused.
+        Prompts that are not judged count as not refused; with ``judgements``, harmful ones that are to be
+        judged and of whose answers nothing is said are left out.
         """
         fitting, too_long = self.encoded(dataset)
         prompts, tokens = tuple(p for p, _ in fitting), tuple(t for _, t in fitting)
@@ -152,7 +159,32 @@ class Subject:
         asked = [i for i, p in enumerate(prompts) if judge == "all" or judge == p.label]
         answers = self.answers([tokens[i] for i in asked], dataset.role)
         refused[asked] = [is_refusal(text) for text in answers]
-        return Observations(prompts, tokens, refused, too_long)
+        if self.judgements is None:
+            return Observations(prompts, tokens, refused, too_long)
+        keep = np.ones(len(prompts), dtype=bool)
+        for i, text in zip(asked, answers, strict=True):
+            if prompts[i].label == "harmful":
+                view = self.judgements.view(prompts[i].messages, text)
+                refused[i], keep[i] = view == "safe", view is not None
+        left = np.flatnonzero(keep).tolist()
+        if not keep.all() and not any(prompts[i].label == "harmful" for i in left):
+            raise JudgementsError(
+                f"{self.judgements.file} says nothing of any answer that {self.checkpoint.name} gives to the "
+                f"{dataset.role} prompts; judge the answers that neuronguard answer writes, with the same "
+                "--judged-tokens and --dtype"
+            )
+        return Observations(
+            tuple(prompts[i] for i in left),
+            tuple(tokens[i] for i in left),
+            refused[keep],
+            too_long,
+            len(prompts) - len(left),
+        )
+
+    @property
+    def judge(self) -> str:
+        """Who says whether an answer is unsafe."""
+        return "refusal matcher" if self.judgements is None else self.judgements.judge
 
     def answers(self, prompts: Sequence[Tokens], name: str = "prompts") -> list[str]:
         """Greedy answers, in order."""

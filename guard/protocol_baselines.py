@@ -75,6 +75,8 @@ def baselines(bundle: Bundle, subject: Subject) -> dict[str, Baseline]:
     shape = subject.checkpoint.shape
     family: Family = HiddenLayer(bundle.scorer.hidden) if card.probe == "mlp" else LINEAR
     draws = [random_like(card.sites, shape, seed=seed) for seed in range(DRAWS)]
+    # Of whole layers there is one choice alone, and it would be held against itself.
+    draws = [] if all(draw == card.sites for draw in draws) else draws
     every = union(draws)
     # The layers that a reader of one stream would try first.
     layers = sorted({max(1, round(shape.layers * part)) for part in (0.25, 0.5, 0.75, 1.0)})
@@ -96,11 +98,11 @@ def baselines(bundle: Bundle, subject: Subject) -> dict[str, Baseline]:
     }
     texts = lambda seen, role: np.array([p.text for p in seen.prompts], dtype=object)  # noqa: E731
     return {
-        "words (n-gram naive Bayes)": Baseline(texts, _naive_bayes),
-        "words (TF-IDF, logistic regression)": Baseline(texts, _words),
+        "words (n-gram naive Bayes)": Baseline(texts, naive_bayes),
+        "words (TF-IDF, logistic regression)": Baseline(texts, words),
         **{
             f"random units, draw {draw + 1}": Baseline(random_units(draw), partial(_probe, family=family))
-            for draw in range(DRAWS)
+            for draw in range(len(draws))
         },
         # The engine reads sites and nothing else.
         **(read_by_transformers if subject.reader is None else {}),
@@ -150,6 +152,8 @@ def measure(
         entry["fitted_on"] = "the fit prompts" if fit else "the evaluation prompts, other sources"
         document[name] = entry
         scores[name] = scored
+    if not any(name.startswith("random units") for name in document):
+        document["random units"] = {"not_measured": "the bundle takes whole layers: there is no other choice"}
     for name in () if subject.reader is None else TRANSFORMERS:
         document[name] = {"not_measured": "is read by transformers, and the engine ran the model"}
     return {**document, **{name: {"not_measured": why} for name, why in NOT_MEASURED.items()}}, scores
@@ -195,7 +199,8 @@ def _by_folds(baseline: Baseline, inputs: Any, seen: Observations) -> NDArray[np
     return found
 
 
-def _naive_bayes(train: Train) -> Score:
+def naive_bayes(train: Train) -> Score:
+    """Log-odds of naive Bayes over word 1- and 2-grams; ``train.inputs`` are texts ``[n]``."""
     model = make_pipeline(CountVectorizer(ngram_range=(1, 2)), MultinomialNB(fit_prior=False))
     model.fit(train.inputs, train.positive)
 
@@ -206,7 +211,8 @@ def _naive_bayes(train: Train) -> Score:
     return score
 
 
-def _words(train: Train) -> Score:
+def words(train: Train) -> Score:
+    """Logits of a logistic regression on TF-IDF weighted word 1- and 2-grams of texts ``[n]``."""
     model = make_pipeline(
         TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
         LogisticRegression(C=WORD_STRENGTH, class_weight="balanced", max_iter=5000),

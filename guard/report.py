@@ -35,25 +35,25 @@ def markdown(document: Mapping[str, Any]) -> str:
             ("false positives wanted", "P(unsafe) ≥", "benign prompts", "true rate at most (95 %)"),
             (
                 (
-                    _percent(t["false_positive_rate"]),
+                    percent(t["false_positive_rate"]),
                     f"{t['probability']:.4f}",
                     t["benign"],
-                    _percent(t["upper95"]),
+                    percent(t["upper95"]),
                 )
                 for t in about["thresholds"]
             ),
         ),
     ]
     if evaluation["harmful"]:
-        parts += ["", "## Harmful sources", "", *_harmful(evaluation, rates)]
+        parts += ["", "## Harmful sources", "", *harmful_sources(evaluation, rates)]
     if evaluation["benign"]:
-        parts += ["", "## Benign sources: how many are flagged", "", *_benign(evaluation, rates)]
+        parts += ["", "## Benign sources: how many are flagged", "", *benign_sources(evaluation, rates)]
     if document.get("comparison"):
-        parts += ["", "## Against baselines", "", *_comparison(document["comparison"])]
+        parts += ["", "## Against baselines", "", *comparisons(document["comparison"])]
     if document.get("baselines"):
         parts += ["", "## Against the protocol's baselines", "", *_baselines(document)]
     if document.get("data"):
-        parts += ["", "## Data", "", *_data(document["data"])]
+        parts += ["", "## Data", "", *data_files(document["data"])]
     return "\n".join(parts) + "\n"
 
 
@@ -66,17 +66,18 @@ def _adapter(adapter: Mapping[str, Any] | None) -> list[str]:
     ]
 
 
-def _harmful(evaluation: Mapping[str, Any], rates: Sequence[str]) -> list[str]:
+def harmful_sources(evaluation: Mapping[str, Any], rates: Sequence[str]) -> list[str]:
+    """The table of harmful sources, one column a rate, and what it comes to."""
     heads = ["source", "n", "the model answers", "AUROC"]
-    heads += [f"flagged at {_percent(float(rate))}" for rate in rates]
-    heads += [f"answered and not flagged at {_percent(float(rates[0]))}"]
+    heads += [f"flagged at {percent(float(rate))}" for rate in rates]
+    heads += [f"answered and not flagged at {percent(float(rates[0]))}"]
     rows = []
     for name, entry in [*evaluation["harmful"].items(), ("**all**", evaluation["all_harmful"])]:
         rows.append(
             [
                 name,
                 entry["n"],
-                _percent(entry["answered_by_the_model"]["rate"]),
+                percent(entry["answered_by_the_model"]["rate"]),
                 _area(entry["auroc"], entry["auroc_interval"]),
                 *(_rate(entry["flagged"][rate]) for rate in rates),
                 _rate(entry["unsafe_answers_left"][rates[0]]),
@@ -84,15 +85,14 @@ def _harmful(evaluation: Mapping[str, Any], rates: Sequence[str]) -> list[str]:
         )
     mean = evaluation["mean_over_harmful_sources"]
     summary = "; ".join(
-        f"at {_percent(float(rate))}: mean {_percent(mean['flagged'][rate])}, worst "
-        f"{_percent(mean['worst'][rate]['rate'])} ({mean['worst'][rate]['source']})"
+        f"at {percent(float(rate))}: mean {percent(mean['flagged'][rate])}, worst "
+        f"{percent(mean['worst'][rate]['rate'])} ({mean['worst'][rate]['source']})"
         for rate in rates
     )
     lines = [*table(heads, rows), "", f"Flagged, over sources: {summary}."]
     total = evaluation["all_harmful"]
     shares = ", ".join(
-        f"{_rate(total['flagged_of_answered'][rate])} are flagged at {_percent(float(rate))}"
-        for rate in rates
+        f"{_rate(total['flagged_of_answered'][rate])} are flagged at {percent(float(rate))}" for rate in rates
     )
     lines.append(
         f"Of the {total['answered_by_the_model']['hits']} harmful prompts that the model answers, {shares}; "
@@ -102,8 +102,9 @@ def _harmful(evaluation: Mapping[str, Any], rates: Sequence[str]) -> list[str]:
     return lines
 
 
-def _benign(evaluation: Mapping[str, Any], rates: Sequence[str]) -> list[str]:
-    heads = ["source", "n", "the model refuses by itself", *(f"at {_percent(float(rate))}" for rate in rates)]
+def benign_sources(evaluation: Mapping[str, Any], rates: Sequence[str]) -> list[str]:
+    """The table of benign sources, one column a rate."""
+    heads = ["source", "n", "the model refuses by itself", *(f"at {percent(float(rate))}" for rate in rates)]
     rows = []
     entries = list(evaluation["benign"].items())
     if "all_benign" in evaluation:
@@ -111,25 +112,26 @@ def _benign(evaluation: Mapping[str, Any], rates: Sequence[str]) -> list[str]:
     for name, entry in entries:
         label = name if entry.get("pooled", True) else f"{name} (not pooled)"
         flags = (_rate(entry["flagged"][rate]) for rate in rates)
-        rows.append([label, entry["n"], _percent(entry["refused_by_the_model"]["rate"]), *flags])
+        rows.append([label, entry["n"], percent(entry["refused_by_the_model"]["rate"]), *flags])
     lines = table(heads, rows)
     if any(not entry.get("pooled", True) for _, entry in entries):
         lines += ["", "What is not pooled counts neither in the last row nor in any AUROC."]
     return lines
 
 
-def _comparison(comparison: Mapping[str, Any]) -> list[str]:
+def comparisons(comparison: Mapping[str, Any]) -> list[str]:
+    """The table of the probe beside its baselines."""
     # JSON sorts keys as texts; tables go from the loosest rate to the strictest, like the others.
     rates = sorted(next(iter(comparison.values()))["at"], key=float, reverse=True)
     heads = ["scorer", "AUROC, harmful request", "AUROC, answered one"]
     for rate in rates:
-        heads += [f"at {_percent(float(rate))}: harmful flagged", "of answered ones", "benign"]
+        heads += [f"at {percent(float(rate))}: harmful flagged", "of answered ones", "benign"]
     rows = []
     for name, entry in comparison.items():
         row = [name, _area(entry["auroc"]), _area(entry["auroc_of_answered"])]
         for rate in rates:
             at = entry["at"][rate]
-            row += [_percent(at[key]["rate"]) for key in ("flagged", "flagged_of_answered", "benign_flagged")]
+            row += [percent(at[key]["rate"]) for key in ("flagged", "flagged_of_answered", "benign_flagged")]
         rows.append(row)
     note = (
         "Every scorer is fitted on the same prompts and has its own thresholds, set on the same benign "
@@ -140,7 +142,7 @@ def _comparison(comparison: Mapping[str, Any]) -> list[str]:
 
 def _baselines(document: Mapping[str, Any]) -> list[str]:
     rates = list(document["overall"]["tpr_at_fpr"])
-    heads = ["scorer", "AUROC", *(f"harmful flagged at {_percent(float(rate))}" for rate in rates)]
+    heads = ["scorer", "AUROC", *(f"harmful flagged at {percent(float(rate))}" for rate in rates)]
     rows: list[list[Any]] = []
     missing = []
     for name, entry in [("the guard", document["overall"]), *document["baselines"].items()]:
@@ -148,7 +150,7 @@ def _baselines(document: Mapping[str, Any]) -> list[str]:
             missing.append(f"{name}: {entry['not_measured']}")
             continue
         row: list[Any] = [name, _area(entry["auroc"], entry["auroc_interval"])]
-        row += ["–" if (value := entry["tpr_at_fpr"][rate]) is None else _percent(value) for rate in rates]
+        row += ["–" if (value := entry["tpr_at_fpr"][rate]) is None else percent(value) for rate in rates]
         difference = entry.get("auroc_difference_interval")
         sign = f"{entry['auroc_difference']:+.3f} " if difference else "–"
         rows.append([*row, sign + (f"[{difference[0]:+.3f} to {difference[1]:+.3f}]" if difference else "")])
@@ -158,7 +160,8 @@ def _baselines(document: Mapping[str, Any]) -> list[str]:
     return [*lines, "", note]
 
 
-def _data(files: Sequence[Mapping[str, Any]]) -> list[str]:
+def data_files(files: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The table of the files that took part."""
     heads = ("file", "role", "harmful", "benign", "SHA-256")
     return table(heads, ((f["name"], f["role"], f["harmful"], f["benign"], f["sha256"][:12]) for f in files))
 
@@ -172,15 +175,16 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
     return [line(heads), line("---" if i == 0 else "--:" for i in range(len(heads))), *map(line, rows)]
 
 
-def _percent(value: float) -> str:
-    percent = 100 * value
-    return f"{percent:.0f} %" if percent >= 9.95 else f"{percent:.2g} %"
+def percent(value: float) -> str:
+    """A share in per cent, with two digits below ten."""
+    hundredths = 100 * value
+    return f"{hundredths:.0f} %" if hundredths >= 9.95 else f"{hundredths:.2g} %"
 
 
 def _rate(entry: Mapping[str, Any]) -> str:
     if not entry["n"]:
         return "–"
-    return f"{_percent(entry['rate'])} [{100 * entry['low']:.1f}–{100 * entry['high']:.1f}]"
+    return f"{percent(entry['rate'])} [{100 * entry['low']:.1f}–{100 * entry['high']:.1f}]"
 
 
 def _area(value: float | None, interval: Sequence[float] | None = None) -> str:

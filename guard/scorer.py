@@ -101,7 +101,12 @@ class Scorer:
             return np.float32(self.readout_bias)
 
     def logits(self, features: Float32Array) -> Float32Array:
-        """Raw logits float32 ``[n]`` of raw activations ``[n, features]``."""
+        """Raw logits float32 ``[n]`` of raw activations ``[n, features]``.
+
+        Equal activations give equal logits, however they lie in memory: BLAS adds up another layout in
+        another order, and a choice of columns is laid out so.
+        """
+        features = np.ascontiguousarray(features)
         if self.product:
             return product_logit(*(features @ self.weight.T + self.bias).T)
         if self.readout is None:

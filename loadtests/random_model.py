@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from guard.bundle import Bundle, Calibration, DataFile, GuardCard, ModelCard, SelfTest, Site
 from guard.digest import tokenizer_digest, weights_digest
+from guard.drift import make_reference
 from guard.scorer import Scorer
 from guard.sites import shape_of
 from guard.verdict import Threshold
@@ -95,11 +96,16 @@ class Reference:
 
 
 def make_bundle(
-    directory: Path, model: Path, sites: tuple[Site, ...], prompts: list[list[int]], seed: int = 0
+    directory: Path,
+    model: Path,
+    sites: tuple[Site, ...],
+    prompts: list[list[int]],
+    seed: int = 0,
+    tails: tuple[tuple[int, ...], ...] = (),
 ) -> Bundle:
     """Save a bundle with random weights whose threshold lies at the median of the prompts' scores.
 
-    The first six prompts are its self-test.
+    The first six prompts are its self-test. Without ``tails`` it takes prompts of any shape.
     """
     reference = Reference(model, sites)
     rng = np.random.default_rng(seed)
@@ -109,7 +115,8 @@ def make_bundle(
     weight = (weight / raw.std()).astype(np.float32)
     bias = float(-np.median(features @ weight))
     logits = features @ weight + np.float32(bias)
-    shape = reference.shape
+    shape, calibration = reference.shape, Calibration(slope=2.0, offset=0.0)
+    scores = np.array([calibration.probability(float(logit)) for logit in logits])
     card = GuardCard(
         model=ModelCard(
             name=model.name,
@@ -118,10 +125,10 @@ def make_bundle(
             tokenizer_sha256=tokenizer_digest(model),
         ),
         label="unsafe_output",
-        prompt_tails=((258,),),
+        prompt_tails=tails,
         sites=sites,
         probe="linear",
-        calibration=Calibration(slope=2.0, offset=0.0),
+        calibration=calibration,
         thresholds=tuple(
             Threshold(false_positive_rate=rate, probability=p, logit=0.0, benign=100, upper95=0.1)
             for rate, p in ((0.01, 0.5), (0.001, 0.9))
@@ -134,6 +141,7 @@ def make_bundle(
             logits={"float32": tuple(float(x) for x in logits[:6])},
             tolerance={"float32": 1e-3},
         ),
+        reference=make_reference(scores, scores),
         created={"by": "loadtests.random_model"},
     )
     bundle = Bundle(card, Scorer.linear(weight, bias))

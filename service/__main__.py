@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from prometheus_client import start_http_server
 
 from service.app import create_app
+from service.connection import bounded
 from service.errors import ConfigError
 from service.logs import set_up
 from service.settings import Settings, load_settings
@@ -52,6 +53,8 @@ def _summary(settings: Settings, app: FastAPI) -> str:
     ]
     if policies.judges:
         lines.append(f"judges      {', '.join(policies.judges)}")
+    if settings.test_string:
+        lines.append("test string is on: whoever sends it is refused")
     if rated:
         lines.append("            rules by fpr are checked once an engine has told its bundle's thresholds")
     return "\n".join([*lines, "the configuration is valid", ""])
@@ -79,6 +82,7 @@ class _Server(uvicorn.Server):
 def _serve(settings: Settings, app: FastAPI) -> None:
     config = uvicorn.Config(
         app,
+        http=bounded(settings),
         host=settings.host,
         port=settings.port,
         log_config=None,

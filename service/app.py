@@ -17,6 +17,7 @@ from guard import __version__
 from guard.sealed import KeyFileError, Keyring
 from service.api import (
     admin,
+    azure,
     chat,
     check,
     completions,
@@ -99,6 +100,7 @@ def create_app(
     for module in (
         chat,
         completions,
+        azure,
         responses,
         models,
         moderations,

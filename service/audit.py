@@ -38,7 +38,7 @@ class AuditRecord:
     route: str
     """One of the gateway's routes, or ``unknown``."""
     event: Literal["none", "answer", "end"] = "none"
-    """Which of the two lines this is."""
+    """Which of the two lines this is; here, which was written last."""
     upstream_id: str | None = None
     """The id under which the engine saw the request."""
     engine: str | None = None
@@ -54,7 +54,7 @@ class AuditRecord:
     stream: bool | None = None
     """Whether the answer was to be streamed."""
     verdict: str | None = None
-    """What the rules said."""
+    """What the rules said; ``test`` for the test string, which nobody judged."""
     action: str | None = None
     """What was done."""
     judge: str | None = None
@@ -63,6 +63,8 @@ class AuditRecord:
     """P(unsafe); only when the settings allow it."""
     bundle: str | None = None
     """Digest of the bundle that judged."""
+    unscored_shape: bool | None = None
+    """Whether the prompt ended otherwise than those the probe was fitted on."""
     prompt_hmac: str | None = None
     """HMAC-SHA-256 of the prompt; only when the settings name a key for it."""
     status: int | None = None
@@ -82,11 +84,11 @@ class AuditRecord:
 
     def write(self, event: Literal["answer", "end"]) -> None:
         """Log one of the two lines. Raises OSError when it cannot be written."""
-        answered, self.event = self.event == "answer", event
-        fields: dict[str, Any] = vars(self)
-        if event == "end" and answered:
+        fields: dict[str, Any] = vars(self) | {"event": event}
+        if event == "end" and self.event == "answer":
             fields = {name: fields[name] for name in AT_THE_END}
         logger.info(json.dumps(fields, separators=(",", ":")))
+        self.event = event
 
 
 class PromptDigest:

@@ -7,15 +7,16 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from guard.public_keys import PublicKeyError, read_public_keys
 from guard.verdict import EngineStatus
 from service.backend import Backend, BackendError
 from service.breaker import Breaker
-from service.errors import unavailable
+from service.errors import ConfigError, unavailable
 from service.metrics import Metrics
 from service.policy import BoundPolicy, PolicyError
 from service.policy_file import Policies, bind
 from service.policy_store import Commit, PolicyStore
-from service.settings import Settings
+from service.settings import PREFIX, Settings
 
 logger = logging.getLogger("neuronguard.gateway")
 
@@ -49,6 +50,16 @@ class ReadyEngine:
             ) from error
 
 
+def signers(settings: Settings) -> frozenset[str] | None:
+    """Public keys of which one must have signed a bundle; None: it may be unsigned. Raises ConfigError."""
+    if settings.require_signed_by is None:
+        return None
+    try:
+        return frozenset(read_public_keys(settings.require_signed_by))
+    except PublicKeyError as error:
+        raise ConfigError(f"{PREFIX}REQUIRE_SIGNED_BY is wrong: {error}.") from error
+
+
 class EngineWatch:
     """Polls the engine's status until it is stopped, more and more slowly while the engine is away."""
 
@@ -62,6 +73,7 @@ class EngineWatch:
         self._store = store
         self._metrics = metrics
         self._interval = settings.status_interval
+        self._signers = signers(settings)
         self._ready: ReadyEngine | None = None
         self._why = "The engine has not been asked yet."
         self._misses = 0
@@ -145,10 +157,10 @@ class EngineWatch:
         policies = self._store.current
         if self._ready is not None and self._ready.status == status and self._ready.source is policies:
             return
-        accepted = policies.accepts(status.bundle)
-        self._metrics.bundle_mismatch.labels(self.backend.name).set(not accepted)
-        if not accepted:
-            self._lose(f"the engine's bundle {status.bundle} is not under bundles in the policy file")
+        why = self._not_accepted(status, policies)
+        self._metrics.bundle_mismatch.labels(self.backend.name).set(why is not None)
+        if why is not None:
+            self._lose(why)
             return
         try:
             bound = bind(policies, status)
@@ -164,6 +176,18 @@ class EngineWatch:
         logger.info(
             "engine ready: model %s, bundle %s, audience %s", status.model, status.bundle, status.audience
         )
+        if not status.checks_shape:
+            logger.warning(
+                "the bundle %s does not say how prompts end: unscored_shape has no effect", status.bundle
+            )
+
+    def _not_accepted(self, status: EngineStatus, policies: Policies) -> str | None:
+        if not policies.accepts(status.bundle):
+            return f"the engine's bundle {status.bundle} is not under bundles in the policy file"
+        if self._signers is not None and status.signed_by not in self._signers:
+            signed = f"is signed by {status.signed_by}" if status.signed_by else "is not signed"
+            return f"the engine's bundle {status.bundle} {signed}; none of the keys required has signed it"
+        return None
 
     def _lose(self, why: str) -> None:
         if self._ready is not None or why != self._why:

@@ -11,11 +11,13 @@ from typing import Any, Literal
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from guard.verdict import UNSCORED_SHAPE
+from service import drill
 from service.backend import BackendError, TooSlowError
 from service.chat_body import ChatBody
 from service.completion_body import CompletionBody
-from service.errors import bad_request, bad_upstream
-from service.exchange import Forward, Judged, as_it_is, exchange
+from service.errors import ApiError, bad_request, bad_upstream
+from service.exchange import Forward, Judged, as_it_is, exchange, prompt_field
 from service.gateway import Arrival, Call, unless_gone
 from service.judge import turns_of
 from service.moderation import blocking, report
@@ -46,9 +48,11 @@ async def generate(
         )
     moderation = body.moderation if isinstance(body, ChatBody) else None
     narrowed = moderation is not None and moderation.blocks
+    if call.gateway.settings.test_string and drill.asked_for(body):
+        return _rehearsed(call, body, route)
     forward = Forward(
         path="/v1/chat/completions" if route == "chat" else "/v1/completions",
-        body=body.forwarded(),
+        body=body.forwarded(call.cache_salt),
         siblings=body.siblings,
         stream=body.streamed,
         order=blocking if narrowed else as_it_is,
@@ -60,9 +64,12 @@ async def generate(
     ready = judged.judged
     try:
         if judged.action == "refuse":
+            if judged.verdict is not None and judged.verdict.reason == UNSCORED_SHAPE:
+                raise _other_shape(call, judged)
             # Whatever the engine put into the body: it is not read, and the connection is closed at once.
             await judged.answer.close()
-            response = _refused(call, judged, body, route, finding)
+            tokens = judged.verdict.prompt_tokens if judged.verdict else 0
+            response = _refused(call, body, route, guard_headers(call, judged), tokens, finding)
         elif body.streamed:
             response = _relayed(call, judged, finding)
         else:
@@ -94,11 +101,37 @@ def guard_headers(call: Call, judged: Judged) -> dict[str, str]:
     return headers
 
 
+def _other_shape(call: Call, judged: Judged) -> ApiError:
+    """Not a refusal in the policy's style: the form of the request is wrong, which its client can mend."""
+    call.record.completion_tokens = 0
+    return ApiError(
+        400,
+        "The prompt does not end as this model's chat template ends prompts, so it cannot be judged. "
+        "Use POST /v1/chat/completions, or end the prompt with the template's header of the answer.",
+        code="unscored_prompt_shape",
+        stage="request",
+        param=prompt_field(call),
+        headers=guard_headers(call, judged),
+    )
+
+
+def _rehearsed(call: Call, body: ChatBody | CompletionBody, route: Literal["chat", "text"]) -> Response:
+    """The refusal that the test string asks for. Nobody judged, which audit, metrics and headers say."""
+    record = call.record
+    record.mode, record.stream = call.bound.decision.mode, body.streamed
+    record.verdict, record.action = drill.ASKED, "refuse"
+    call.gateway.metrics.test_refusals.labels(call.bound.name).inc()
+    headers = {"x-guard-action": "refuse", "x-guard-policy": call.bound.name, drill.HEADER: "refusal"}
+    wished = isinstance(body, ChatBody) and body.moderation is not None
+    return _refused(call, body, route, headers, 0, report(call.model, True, None) if wished else None)
+
+
 def _refused(
     call: Call,
-    judged: Judged,
     body: ChatBody | CompletionBody,
     route: Literal["chat", "text"],
+    headers: dict[str, str],
+    prompt_tokens: int,
     finding: dict[str, Any] | None,
 ) -> Response:
     refused = RefusedAnswer(
@@ -107,11 +140,10 @@ def _refused(
         request_id=call.record.request_id,
         model=body.model,
         siblings=body.siblings,
-        prompt_tokens=judged.verdict.prompt_tokens if judged.verdict else 0,
+        prompt_tokens=prompt_tokens,
         moderation=finding,
     )
     call.record.completion_tokens = 0
-    headers = guard_headers(call, judged)
     error = refused.error()
     if error is not None:
         call.record.code = error[1]["error"]["code"]

@@ -42,12 +42,8 @@ class Judges:
     def __init__(self, metrics: Metrics, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self._metrics = metrics
         self._asked: dict[str, int] = {}
-        self._client = httpx.AsyncClient(
-            transport=transport,
-            timeout=None,  # noqa: S113 -- every question has a deadline of its own
-            trust_env=False,
-            follow_redirects=False,
-        )
+        self._transport = transport
+        self._opened: httpx.AsyncClient | None = None
         self._keys: dict[str, str | None] = {}
 
     def prepare(self, policies: Policies) -> dict[str, str | None]:
@@ -116,9 +112,22 @@ class Judges:
             raise ValueError("neither word was said")
         return "unsafe" if match.group(1).lower() == "unsafe" else "safe"
 
+    @property
+    def _client(self) -> httpx.AsyncClient:
+        """Made for the first question: it reads the certificates of all authorities, which takes a while."""
+        if self._opened is None:
+            self._opened = httpx.AsyncClient(
+                transport=self._transport,
+                timeout=None,  # noqa: S113 -- every question has a deadline of its own
+                trust_env=False,
+                follow_redirects=False,
+            )
+        return self._opened
+
     async def close(self) -> None:
         """Close all connections."""
-        await self._client.aclose()
+        if self._opened is not None:
+            await self._opened.aclose()
 
 
 def _messages(judge: Judge, turns: Sequence[Turn]) -> list[Turn]:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import traceback
+from contextlib import suppress
 from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import TextIO
 
 from service.errors import ConfigError
 from service.settings import Settings
 
+_LONGEST_LINE = 1 << 16
 _SECONDS = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -47,11 +52,41 @@ class JsonLines(logging.Formatter):
 
 
 class _StrictFile(RotatingFileHandler):
-    """Lets a failure be seen, where logging would print it and go on: a request is not answered unaudited."""
+    """Lets a failure be seen, where logging would print it and go on: a request is not answered unaudited.
+
+    What could not be written is dropped, buffers and halves of lines included. It is about a request that was
+    not answered, and would else come out with a later line, or be the beginning of one.
+    """
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 -- logging's name
         """Called while the exception is being handled."""
+        stream, self.stream = self.stream, None
+        with suppress(OSError):
+            if stream is not None:
+                _discard(stream)
+            cut_to_whole_lines(Path(self.baseFilename))
         raise  # noqa: PLE0704
+
+
+def _discard(stream: TextIO) -> None:
+    """Close a file without writing what is in its buffers."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, stream.fileno())
+    finally:
+        os.close(nowhere)
+    stream.close()
+
+
+def cut_to_whole_lines(path: Path) -> None:
+    """Remove the beginning of a line at the end of a file. Raises OSError."""
+    if not path.is_file():
+        return
+    with path.open("r+b") as file:
+        start = max(file.seek(0, os.SEEK_END) - _LONGEST_LINE, 0)
+        file.seek(start)
+        tail = file.read()
+        file.truncate(start + tail.rfind(b"\n") + 1)
 
 
 class _StrictStream(logging.StreamHandler):  # type: ignore[type-arg]
@@ -65,6 +100,7 @@ def _audit(settings: Settings) -> logging.Handler:
         handler = _StrictStream(sys.stdout)
     else:
         try:
+            cut_to_whole_lines(settings.audit_file)
             handler = _StrictFile(
                 settings.audit_file,
                 maxBytes=settings.audit_max_bytes,

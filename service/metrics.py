@@ -57,7 +57,20 @@ class Metrics:
             registry=registry,
         )
         self.score = Histogram(
-            "guard_score", "P(unsafe) of scored requests.", ("model",), buckets=_SCORES, registry=registry
+            "guard_score", "P(unsafe) of scored prompts.", ("model",), buckets=_SCORES, registry=registry
+        )
+        self.score_bins = Counter(
+            "guard_score_bin",
+            "Scored requests by the bin of the bundle's reference that P(unsafe) falls into, lowest first.",
+            ("model", "digest", "bin"),
+            registry=registry,
+        )
+        self.score_reference = Gauge(
+            "guard_score_reference",
+            "Prompts in each bin when the bundle was fitted; class: benign ones that its thresholds were set "
+            "on, or harmful ones.",
+            ("model", "digest", "bin", "class"),
+            registry=registry,
         )
         self.time_to_verdict = Histogram(
             "guard_time_to_verdict_seconds",
@@ -92,6 +105,12 @@ class Metrics:
             ("reason",),
             registry=registry,
         )
+        self.unscored_shapes = Counter(
+            "guard_unscored_shape_total",
+            "Verdicts on prompts that end otherwise than those the probe was fitted on, by what was done.",
+            ("policy", "model", "action"),
+            registry=registry,
+        )
         self.errors = Counter(
             "guard_errors_total",
             "Failures by the part that failed. closed: the client got an error; open: it got an answer.",
@@ -104,7 +123,11 @@ class Metrics:
             self.errors.labels(stage, "closed")
         self.errors.labels("verdict", "open")
         self.errors.labels("audit", "open")
-        self.inflight = Gauge("guard_inflight_requests", "Requests being answered.", registry=registry)
+        self.inflight = Gauge(
+            "guard_inflight_requests",
+            "Requests being answered, those for health, metrics and the API's description aside.",
+            registry=registry,
+        )
         self.inflight_limit = Gauge(
             "guard_inflight_requests_limit",
             "Most requests that are sent to the engine at one time; more get a 503 at once.",
@@ -123,13 +146,15 @@ class Metrics:
         )
         self.bundle_info = Gauge(
             "guard_bundle_info",
-            "1 for the bundle in force. probe: the question that it answers.",
-            ("digest", "model", "probe"),
+            "1 for the bundle in force. probe: the question that it answers; signed_by: the key that signed "
+            "it, or none.",
+            ("digest", "model", "probe", "signed_by"),
             registry=registry,
         )
         self.bundle_mismatch = Gauge(
             "guard_bundle_mismatch",
-            "1 while the engine's guard runs a bundle that the policy file does not list under bundles.",
+            "1 while the engine's guard runs a bundle that the policy file does not list under bundles, or "
+            "that none of the keys required has signed.",
             ("backend",),
             registry=registry,
         )
@@ -153,6 +178,12 @@ class Metrics:
         )
         for result in ("done", "failed"):
             self.policy_reloads.labels(result)
+        self.test_refusals = Counter(
+            "guard_test_refusals_total",
+            "Requests refused because they are the test string; they are in no other count of refusals.",
+            ("policy",),
+            registry=registry,
+        )
         self.rejections = Counter(
             "guard_rejections_total",
             "Requests turned away for the load they are: rate and concurrency of their key, or saturated.",
@@ -179,19 +210,58 @@ class Metrics:
 
     def in_force(self, engines: Iterable[tuple[EngineStatus, Iterable[BoundPolicy]]]) -> None:
         """Show the bundles of all ready engines and the policies as bound to them, in place of any before."""
-        for family in (self.bundle_info, self.policy_info, self.policy_threshold):
+        for family in (self.bundle_info, self.policy_info, self.policy_threshold, self.score_reference):
             family.clear()
+        binned: set[tuple[str, ...]] = set()
         for status, policies in engines:
-            self.bundle_info.labels(status.bundle, status.model, status.label).set(1)
+            signed_by = status.signed_by or "none"
+            self.bundle_info.labels(status.bundle, status.model, status.label, signed_by).set(1)
             self.score.labels(status.model)
+            binned |= self._show_reference(status)
             for bound in policies:
                 self._show(status, bound)
+
+        self._keep_bins(binned)
+
+    def scored(self, model: str, status: EngineStatus, bundle: str, probability: float) -> None:
+        """Count a score that the engine of this status gave under ``bundle``."""
+        self.score.labels(model).observe(probability)
+        # Between the start of another bundle and the next status the bins are not those of this score.
+        if status.reference is not None and bundle == status.bundle:
+            self.score_bins.labels(model, bundle, _bin(status.reference.bin_of(probability))).inc()
+
+    def _show_reference(self, status: EngineStatus) -> set[tuple[str, ...]]:
+        """The reference for each model that is served under it; returns the labels of the bins."""
+        reference, shown = status.reference, set[tuple[str, ...]]()
+        if reference is None:
+            return shown
+        for model, number in product(status.names, range(reference.bins)):
+            labels = model, status.bundle, _bin(number)
+            self.score_bins.labels(*labels)
+            self.score_reference.labels(*labels, "benign").set(reference.benign[number])
+            self.score_reference.labels(*labels, "harmful").set(reference.harmful[number])
+            shown.add(labels)
+        return shown
+
+    def _keep_bins(self, wanted: set[tuple[str, ...]]) -> None:
+        """Forget the bins of bundles that are no longer in force, so that series do not pile up."""
+        (family,) = self.score_bins.collect()
+        there = {
+            (s.labels["model"], s.labels["digest"], s.labels["bin"])
+            for s in family.samples
+            if s.name.endswith("_total")
+        }
+        for labels in there - wanted:
+            self.score_bins.remove(*labels)
 
     def _show(self, status: EngineStatus, bound: BoundPolicy) -> None:
         decision, policy = bound.decision, bound.policy
         self.policy_info.labels(bound.name, decision.mode, policy.on_missing_verdict).set(1)
+        self.test_refusals.labels(bound.name)
         for rule in reversed(decision.rules):  # the first rule of an action is the one that shows
             self.policy_threshold.labels(bound.name, status.model, rule.action).set(rule.above)
+        refuses = decision.unscored_shape == "refuse" and decision.mode == "enforce"
+        self.unscored_shapes.labels(bound.name, status.model, "refuse" if refuses else "pass")
         said: list[RuleAction] = ["pass", "tag", "refuse"]
         there = {rule.action for rule in decision.rules}
         said += [action for action in ("patch", "escalate") if action in there]
@@ -211,3 +281,8 @@ def _done(verdict: RuleAction, mode: Mode) -> tuple[Action, ...]:
     if verdict == "patch":
         return ("patch", "refuse")
     return ("pass", "refuse") if verdict == "escalate" else (verdict,)
+
+
+def _bin(number: int) -> str:
+    """A bin's label: two digits, so that labels sort as bins do."""
+    return f"{number:02}"

@@ -80,7 +80,7 @@ def document(app: FastAPI) -> dict[str, Any]:
                 # FastAPI adds this for every path parameter; ours take any text.
                 if operation["responses"].get("422", {}).get("description") == "Validation Error":
                     del operation["responses"]["422"]
-                if path.startswith(("/v1", "/api", "/beta", "/admin")):
+                if path.startswith(("/v1", "/openai", "/api", "/beta", "/admin")):
                     operation["security"] = [{name: []} for name in _KEYS]
         app.openapi_schema = described
     return app.openapi_schema

@@ -7,6 +7,8 @@ policies:
       - {above: {fpr: 0.001}, action: refuse}
       - {above: {fpr: 0.01}, action: escalate}       # the band between the two goes to the judge
       - {above: 0.2, action: tag}
+    unscored_shape: refuse       # pass judges prompts that do not end as the chat template ends them, too
+    prefix_cache: shared         # tenant keeps the engine's prefix cache apart for each tenant
     on_missing_verdict: closed   # open answers without a verdict and counts every such answer
     refusal: {style: message, text: "I can't help with that."}
     expose_score: false
@@ -26,14 +28,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from guard.verdict import EngineStatus
 from service.judge_settings import Judge
 from service.key_index import KeyIndex
 from service.policy import BoundPolicy, FileModel, MisplacedError, Policy, PolicyError
-from service.yaml_lines import Lines, read
+from service.yaml_lines import FileError, Lines, read_file
 
 DEFAULT_NAME = "default"
 
@@ -182,14 +183,9 @@ def load_policies(path: Path | None) -> Policies:
     if path is None:
         return Policies(policies={DEFAULT_NAME: Policy()})
     try:
-        data, lines = read(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise PolicyError(f"Cannot read the policy file {path}: {error}.") from error
-    except yaml.YAMLError as error:
-        raise PolicyError(
-            f"The policy file {path} is not valid YAML: {' '.join(str(error).split())}."
-        ) from error
-
+        data, lines = read_file(path, "policy file")
+    except FileError as error:
+        raise PolicyError(str(error)) from error
     places = Places(path, lines)
     try:
         policies = Policies.model_validate(data)

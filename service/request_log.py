@@ -8,7 +8,7 @@ import re
 import time
 import traceback
 import uuid
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from datetime import UTC, datetime
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -24,6 +24,7 @@ logger = logging.getLogger("neuronguard.gateway")
 REQUEST_ID_HEADER = "x-request-id"
 UNAUDITED = ("/healthz", "/readyz", "/metrics", "/openapi.json")
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_AZURE = re.compile(r"/openai/deployments/.+?/((?:chat/)?completions)")
 _ROUTES = (
     *("/v1/chat/completions", "/v1/completions", "/v1/moderations", "/v1/models"),
     *("/v1/responses", "/v1/guard/check", "/beta/litellm_basic_guardrail_api", "/api/v1/text/contents"),
@@ -75,12 +76,15 @@ class RequestLog:
                 raise ClientGoneError from None  # it is there, but does not read
 
         held = scope["state"]["held"] = ExitStack()
-        with self.metrics.inflight.track_inprogress(), held:
+        with self.metrics.inflight.track_inprogress() if audited else nullcontext(), held:
             try:
                 await self.app(scope, receive, send_with_id)
             except ClientGoneError:
                 record.outcome = "client_gone"
                 record.status = record.status or 499
+            except asyncio.CancelledError:  # told to stop, and the time to finish is over
+                record.outcome = "interrupted"
+                raise
             except _UnauditedError:
                 self.metrics.errors.labels("audit", "closed").inc()
                 failure = unavailable(
@@ -129,7 +133,8 @@ class RequestLog:
         try:
             record.write("end")
         except (OSError, ValueError) as error:
-            self.metrics.errors.labels("audit", "open").inc()
+            if record.event == "answer":
+                self.metrics.errors.labels("audit", "open").inc()
             logger.error("the audit log cannot be written: %s", error)
 
 
@@ -144,6 +149,9 @@ def _request_id(sent: str | None) -> str:
 def _route(path: str) -> str:
     if path.startswith("/v1/models/"):
         return "/v1/models/{id}"
+    azure = _AZURE.fullmatch(path)
+    if azure is not None:
+        return f"/openai/deployments/{{id}}/{azure[1]}"
     return path if path in _ROUTES else "unknown"
 
 

@@ -7,12 +7,11 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BeforeValidator, Field, HttpUrl, ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, SettingsConfigDict
 
 from service.errors import ConfigError
-from service.yaml_lines import Lines, read
+from service.yaml_lines import FileError, Lines, read_file
 
 PREFIX = "NEURONGUARD_"
 _FILE = PREFIX + "CONFIG"
@@ -39,6 +38,8 @@ class Settings(BaseSettings):
     """Where the guarded vLLM listens, without a path; several with commas between."""
     key_file: Path
     """The key ring shared with the engine (``guard.sealed.Keyring``)."""
+    require_signed_by: Path | None = None
+    """File of public keys (PEM); an engine whose bundle none of them has signed gets no requests."""
     policy_file: Path | None = None
     """Policies and API keys. Without one: refuse at the engine's default decision, no API keys."""
     policy_interval: float = Field(default=5.0, ge=0)
@@ -60,6 +61,8 @@ class Settings(BaseSettings):
     """Write P(unsafe) into the audit log, and into traces."""
     audit_prompt_key_file: Path | None = None
     """File with a secret of at least 32 bytes: write the prompt's HMAC under it into the audit log."""
+    test_string: bool = False
+    """Refuse a request that consists of the documented test string (``service.drill``)."""
     otlp_endpoint: HttpUrl | None = None
     """Where spans are sent by OTLP over HTTP, path included; needs ``neuronguard[otlp]``."""
 
@@ -73,6 +76,8 @@ class Settings(BaseSettings):
     """Between two chunks of an answer."""
     send_timeout: float = Field(default=60.0, gt=0)
     """For a client to take one chunk."""
+    head_timeout: float = Field(default=10.0, gt=0)
+    """For a client to send the headers of a request, on a new connection or on one that was kept."""
     body_timeout: float = Field(default=30.0, gt=0)
     """For a client to send its whole request body."""
     status_timeout: float = Field(default=2.0, gt=0)
@@ -94,6 +99,8 @@ class Settings(BaseSettings):
 
     max_connections: int = Field(default=1024, ge=1)
     """Requests at the engine at one time; more get a 503 at once."""
+    max_head_bytes: int = Field(default=64 << 10, ge=1024)
+    """Of a request's headers."""
     max_body_bytes: int = Field(default=1 << 20, ge=1)
     max_json_depth: int = Field(default=64, ge=1, le=256)
     max_messages: int = Field(default=2048, ge=1)
@@ -147,13 +154,9 @@ def load_settings(file: Path | None = None) -> Settings:
 
 def _read(file: Path) -> tuple[dict[str, Any], Lines]:
     try:
-        values, lines = read(file.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"Cannot read the settings file {file}: {error}.") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"The settings file {file} is not valid YAML: {' '.join(str(error).split())}."
-        ) from error
+        values, lines = read_file(file, "settings file")
+    except FileError as error:
+        raise ConfigError(str(error)) from error
     if values is None:
         return {}, lines
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
+
+
+class FileError(ValueError):
+    """A file that cannot be read as YAML; the message is one sentence that names it."""
 
 
 class Lines:
@@ -29,8 +34,24 @@ class Lines:
         return line
 
 
+def read_file(path: Path, kind: str) -> tuple[Any, Lines]:
+    """Parse a file, called a ``kind`` when something is wrong with it. Raises FileError."""
+    try:
+        if path.exists() and not path.is_file():
+            raise FileError(f"The {kind} {path} is not a regular file.")  # reading a pipe may never end
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"Cannot read the {kind} {path}: {error}.") from error
+    try:
+        return read(text)
+    except RecursionError:
+        raise FileError(f"The {kind} {path} is nested too deeply.") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that is none
+        raise FileError(f"The {kind} {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+
+
 def read(text: str) -> tuple[Any, Lines]:
-    """Parse one document. Raises yaml.YAMLError, also for a key given twice."""
+    """Parse one document. Raises yaml.YAMLError, also for a key given twice, ValueError, RecursionError."""
     loader = _UniqueKeys(text)
     try:
         node = loader.get_single_node()

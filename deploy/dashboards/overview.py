@@ -10,6 +10,8 @@ from deploy.dashboards.layout import Annotation, Row, dashboard, variable
 UID, TITLE = "guard-overview", "Guard overview"
 
 _REQUESTS = "guard_requests_total"
+_DRIFT = "model_digest:guard_score_bin"
+"""Of the recording rules: they hold a formula of several lines."""
 _OURS = 'stage!~"auth|request"'
 """Errors that are not the client's own mistakes."""
 _CLOSED_TO_ALL = {"0": ("DOWN", p.BYPASS), "1": ("UP", p.PASS)}
@@ -197,6 +199,22 @@ def _scores() -> list[p.Panel]:
             top=1,
             colours={"/ tag$/": p.TAG, "/ refuse$/": p.REFUSE},
             dashed="/ (tag|refuse)$/",
+        ),
+        p.lines(
+            "Score drift",
+            "Population stability index of the last day's scores against those that the bundle's thresholds "
+            "were set on. Below 0.1 they are alike; from 0.2 on (dashed) GuardScoreDrift fires, if there are "
+            "500 scores. Near the mean that chance alone gives (dashed) it says nothing yet. Empty: the "
+            "bundle keeps no reference, or nothing was scored.",
+            "none",
+            p.query(
+                f"{_DRIFT}:psi1d{{{score}}} and {_DRIFT}:increase1d{{{score}}} > 0", "{{model}}", ref="A"
+            ),
+            p.query(f"{_DRIFT}:psi_by_chance1d{{{score}}}", "{{model}} by chance", ref="B"),
+            p.query(f"0 * max({_DRIFT}:psi1d{{{score}}}) + 0.2", "alert", ref="C"),
+            width=24,
+            colours={"/ by chance$/": p.LIMIT, "/^alert$/": p.REFUSE},
+            dashed="/( by chance|^alert)$/",
         ),
     ]
 

@@ -1,4 +1,4 @@
-"""``neuronguard bundle``: look at a bundle, and check that it belongs to a model."""
+"""``neuronguard bundle``: look at a bundle, check that it belongs to a model, and make others from it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import yaml
 
 from guard.commands import options
 from guard.commands.patch import patch
+from guard.commands.signing import COMMANDS
 
 
 @click.group()
 def bundle() -> None:
-    """Look at a bundle."""
+    """Look at a bundle, check it against its model, sign it, and make others from it."""
 
 
 @bundle.command()
@@ -25,7 +26,7 @@ def show(directory: Path) -> None:
 
     loaded = Bundle.load(directory)
     card = loaded.card
-    click.echo(f"bundle     {loaded.digest}")
+    click.echo(f"bundle     {loaded.digest}, schema version {loaded.stored_version}")
     click.echo(
         f"model      {card.model.name} ({card.model.architecture}), weights {card.model.weights_sha256}"
     )
@@ -93,8 +94,18 @@ def verify(directory: Path, model: str, adapter: str | None) -> None:
     help="A listed LoRA adapter that the server loads; repeatable.",
 )
 @click.option("--donor", type=options.PATH, help="Directory of the donor that the bundle's patches name.")
+@click.option(
+    "--require-signed-by",
+    "keys",
+    type=options.PATH,
+    help="Public keys (PEM), of which one must have signed the bundle.",
+)
 def flags(
-    directory: Path, mode: Literal["enforce", "observe"], adapters: tuple[str, ...], donor: Path | None
+    directory: Path,
+    mode: Literal["enforce", "observe"],
+    adapters: tuple[str, ...],
+    donor: Path | None,
+    keys: Path | None,
 ) -> None:
     """Print, as YAML, the flags that guard a vLLM server which is not started by the guard's own launcher.
 
@@ -103,17 +114,24 @@ def flags(
     NEURONGUARD_AUDIENCE should be another name at every start.
     """
     from guard.bundle import Bundle
-    from guard.engine.config import GuardConfig, verify_adapters
+    from guard.engine.config import GuardConfig, trusted_keys, verify_adapters
     from guard.engine.errors import GuardStartupError
 
     loaded = Bundle.load(directory)
     served = {adapter.name: str(adapter.path.resolve()) for adapter in map(options.adapter, adapters)}
     try:
         verify_adapters(loaded, served)
+        config = GuardConfig.for_bundle(
+            str(directory),
+            loaded,
+            loaded.card.default_decision.model_copy(update={"mode": mode}),
+            served,
+            str(donor) if donor else None,
+            trusted_keys(str(keys) if keys else None),
+        )
+        config.signed_by(loaded)
     except GuardStartupError as error:
         raise click.ClickException(str(error)) from error
-    default = loaded.card.default_decision.model_copy(update={"mode": mode})
-    config = GuardConfig.for_bundle(str(directory), loaded, default, served, str(donor) if donor else None)
     click.echo(yaml.safe_dump(config.flags(), sort_keys=False, width=1000), nl=False)
 
 
@@ -160,4 +178,5 @@ def adapter_(directory: Path, model: str, adapters: tuple[str, ...], out: Path, 
     click.echo(f"wrote {out}: digest {loaded.digest}; the operating points are those without an adapter")
 
 
-bundle.add_command(patch)
+for _command in (patch, *COMMANDS):
+    bundle.add_command(_command)

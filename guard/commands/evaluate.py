@@ -58,6 +58,7 @@ _FILES = ("report.json", "report.html")
     "the other sources of --data, which flatters them; repeatable.",
 )
 @options.bootstrap
+@options.judged
 @options.running
 @options.capturing
 def evaluate(
@@ -92,6 +93,8 @@ def evaluate(
 
     if markdown_file and not answers:
         raise click.UsageError("--markdown shows the model's answers; leave out --no-answers")
+    if running["judgements"] and not answers:
+        raise click.UsageError("--judgements are of the model's answers; leave out --no-answers")
     if fit_data and not baselines:
         raise click.UsageError("--fit-data is for the baselines; give --baselines as well")
     if out:

@@ -118,6 +118,7 @@ from guard.commands import options
 @click.option("--seed", type=int, default=0, show_default=True)
 @options.strict
 @click.option("--dry-run", is_flag=True, help="Read and check everything, say what would be done, stop.")
+@options.judged
 @options.running
 @options.capturing
 def fit(

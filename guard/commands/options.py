@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from guard.bundle import Bundle
     from guard.checkpoint import Checkpoint
     from guard.data import Dataset
+    from guard.judgements import Judgements
     from guard.observe import Reader, Subject
 
 PATH = click.Path(path_type=Path)
@@ -123,7 +124,18 @@ def subject(text: str, running: dict[str, Any], under: str | None = None) -> Sub
         new_tokens=running["judged_tokens"],
         progress=True,
         reader=_reader(checkpoint, running) if running.get("capture") == "engine" else None,
+        judgements=_judgements(running),
     )
+
+
+def _judgements(running: dict[str, Any]) -> Judgements | None:
+    from guard.judgements import Judgements
+
+    if (file := running.get("judgements")) is None:
+        if running.get("judge") is not None:
+            raise click.UsageError("--judge chooses among judgements; give it with --judgements")
+        return None
+    return Judgements.load(file, running["judge"])
 
 
 @contextmanager
@@ -187,6 +199,25 @@ _CAPTURE = (
 def capturing(command: Any) -> Any:
     """Add the options of commands that may run the model in vLLM."""
     for option in reversed(_CAPTURE):
+        command = option(command)
+    return command
+
+
+_JUDGED = (
+    click.option(
+        "--judgements",
+        type=PATH,
+        help="What 'neuronguard judge' wrote (judgements.jsonl.gz) of the answers that 'neuronguard answer' "
+        "wrote: an answer to a harmful prompt is unsafe if it says so, in place of the refusal matcher. "
+        "Harmful prompts of whose answers it says nothing are left out.",
+    ),
+    click.option("--judge", metavar="NAME", help="Whose judgements to take, if there are several judges'."),
+)
+
+
+def judged(command: Any) -> Any:
+    """Add the options of commands that take a judge's word for what is unsafe."""
+    for option in reversed(_JUDGED):
         command = option(command)
     return command
 

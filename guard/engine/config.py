@@ -18,7 +18,9 @@ from guard.adapters import AdapterError, adapter_digest
 from guard.bundle import Bundle, BundleError
 from guard.digest import tokenizer_digest, weights_digest
 from guard.engine.errors import GuardStartupError
+from guard.public_keys import PublicKeyError, read_public_keys
 from guard.sealed import KeyFileError, Keyring
+from guard.signature import SignatureError, verify
 from guard.sites import UnsupportedArchitectureError, shape_of
 from guard.verdict import Decision
 
@@ -30,6 +32,8 @@ EXTRA_ARG = "neuronguard_directive"
 """Where the API server leaves a sealed directive for the scheduler in ``SamplingParams.extra_args``."""
 KEY_FILE_ENV = "NEURONGUARD_KEY_FILE"
 AUDIENCE_ENV = "NEURONGUARD_AUDIENCE"
+SIGNED_ENV = "NEURONGUARD_REQUIRE_SIGNED_BY"
+"""File of public keys, of which one must have signed the bundle, unless ``--require-signed-by`` names one."""
 DEFAULT_AUDIENCE = "engine"
 
 
@@ -48,6 +52,9 @@ class GuardConfig(BaseModel):
     """LoRA adapters that are served, each one listed in the bundle: directory by name."""
     donor: str | None = None
     """Directory of the donor that dynamic patches take activations from, if it has weights of its own."""
+    trusted_keys: tuple[str, ...] | None = None
+    """Public keys of which one must have signed the bundle (``guard.public_keys``); None: the file that
+    ``SIGNED_ENV`` names, and without one the bundle may be unsigned."""
 
     @classmethod
     def of(cls, vllm_config: Any) -> GuardConfig:
@@ -71,6 +78,7 @@ class GuardConfig(BaseModel):
         default: Decision | None = None,
         adapters: Mapping[str, str] | None = None,
         donor: str | None = None,
+        trusted_keys: tuple[str, ...] | None = None,
     ) -> GuardConfig:
         """The entry for a loaded bundle; ``default`` is the bundle's own default decision if None."""
         return cls(
@@ -79,6 +87,7 @@ class GuardConfig(BaseModel):
             default=default or bundle.card.default_decision,
             adapters=dict(adapters or {}),
             donor=os.path.abspath(donor) if donor else None,
+            trusted_keys=trusted_keys,
         )
 
     def entry(self) -> dict[str, Any]:
@@ -105,7 +114,21 @@ class GuardConfig(BaseModel):
                 f"the bundle in {self.bundle} has changed: its digest is {bundle.digest}, "
                 f"expected {self.bundle_sha256}"
             )
+        self.signed_by(bundle)
         return bundle
+
+    def signed_by(self, bundle: Bundle) -> str | None:
+        """The key that signed the loaded bundle, None when it is unsigned and may be.
+
+        A signature that is there must hold, whether one is required or not. Raises GuardStartupError.
+        """
+        trusted = self.trusted_keys
+        if trusted is None:
+            trusted = trusted_keys(os.environ.get(SIGNED_ENV))
+        try:
+            return verify(self.bundle, bundle.digest, trusted)
+        except SignatureError as error:
+            raise GuardStartupError(str(error)) from error
 
 
 def verify_served_model(bundle: Bundle, directory: str, tokenizer: str, hf_config: Any) -> None:
@@ -151,6 +174,16 @@ def keyring_from_env() -> Keyring | None:
     try:
         return Keyring.load(path)
     except KeyFileError as error:
+        raise GuardStartupError(str(error)) from error
+
+
+def trusted_keys(file: str | None) -> tuple[str, ...] | None:
+    """The keys in a file, None when no file is named. Raises GuardStartupError."""
+    if not file:
+        return None
+    try:
+        return read_public_keys(file)
+    except PublicKeyError as error:
         raise GuardStartupError(str(error)) from error
 
 

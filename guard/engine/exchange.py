@@ -57,7 +57,11 @@ class Exchange:
 
     def _bind(self, verdict: Verdict) -> None:
         if self.binding is None:
-            self.binding = verdict.model_copy(update={"prompt_tokens": sum(self._prompts.values())})
+            whole = {
+                "prompt_tokens": sum(self._prompts.values()),
+                "unscored_shape": any(judged.unscored_shape for judged in self._verdicts.values()),
+            }
+            self.binding = verdict.model_copy(update=whole)
             self.decided.set()
 
 
@@ -76,10 +80,13 @@ class Admission:
         self._keys = keys
         self._audience = audience
         self._seen: OrderedDict[str, float] = OrderedDict()
+        self._offset = time.time() - time.monotonic()
 
     def admit(self, sealed: str, body: bytes, now: float | None = None) -> Directive:
         """Return the directive, whose nonce is spent by this call. Raises DirectiveError."""
-        now = time.time() if now is None else now
+        # The clock of the machine may be set back, which must not make a spent directive a fresh one.
+        steady = time.monotonic() + self._offset if now is None else now
+        now = max(time.time(), steady) if now is None else now
         if self._keys is None:
             raise DirectiveError("no_key_file")
         directive = Directive.open(sealed, self._keys, audience=self._audience)
@@ -87,7 +94,7 @@ class Admission:
             raise DirectiveError("expired")
         if directive.body_sha256 != hashlib.sha256(body).hexdigest():
             raise DirectiveError("wrong_body")
-        self._forget(now)
+        self._forget(steady)
         if directive.nonce in self._seen:
             raise DirectiveError("replayed")
         if len(self._seen) >= MAX_REMEMBERED_NONCES:
@@ -95,8 +102,8 @@ class Admission:
         self._seen[directive.nonce] = directive.expires
         return directive
 
-    def _forget(self, now: float) -> None:
+    def _forget(self, steady: float) -> None:
         # Expired nonces cannot come back. Lifetimes are about equal, so the oldest expire first; one that
         # expires out of order is only kept a little longer.
-        while self._seen and next(iter(self._seen.values())) < now:
+        while self._seen and next(iter(self._seen.values())) < steady:
             self._seen.popitem(last=False)

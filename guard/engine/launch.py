@@ -22,9 +22,11 @@ from guard.engine.config import (
     KEY_FILE_ENV,
     MIDDLEWARE,
     SCHEDULER,
+    SIGNED_ENV,
     WORKER,
     GuardConfig,
     keyring_from_env,
+    trusted_keys,
     verify_adapters,
     verify_served_model,
 )
@@ -68,7 +70,18 @@ def guard_arguments() -> argparse.ArgumentParser:
         default="enforce",
         help="what happens to requests that carry no directive",
     )
+    group.add_argument(
+        "--guard-unscored-shape",
+        choices=("refuse", "pass"),
+        default="refuse",
+        help="what becomes of their prompts that do not end as the chat template ends them",
+    )
     group.add_argument("--guard-fpr", type=float, help="operating point for them, by false-positive rate")
+    group.add_argument(
+        "--require-signed-by",
+        metavar="FILE",
+        help=f"public keys (PEM) of which one must have signed the bundle; default: ${SIGNED_ENV}",
+    )
     group.add_argument("--guard-donor", help="directory of the donor that the bundle's patches name")
     return parser
 
@@ -84,9 +97,21 @@ def guard_config(
     except ValueError as error:
         raise GuardStartupError(f"--guard-fpr: {error}") from error
     default = Decision(
-        policy="engine-default", mode=options.guard_mode, rules=(Rule(above=above, action="refuse"),)
+        policy="engine-default",
+        mode=options.guard_mode,
+        rules=(Rule(above=above, action="refuse"),),
+        unscored_shape=options.guard_unscored_shape,
     )
-    return GuardConfig.for_bundle(options.bundle, bundle, default, adapters, options.guard_donor)
+    config = GuardConfig.for_bundle(
+        options.bundle,
+        bundle,
+        default,
+        adapters,
+        options.guard_donor,
+        trusted_keys(options.require_signed_by),
+    )
+    config.signed_by(bundle)
+    return config
 
 
 def engine_arguments(options: argparse.Namespace, rest: list[str]) -> argparse.Namespace:

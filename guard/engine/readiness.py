@@ -27,8 +27,9 @@ class Readiness:
         card: GuardCard,
         audience: str,
         adapters: Mapping[str, Any] | None = None,
+        signed_by: str | None = None,
     ) -> None:
-        """``adapters`` are the server's ``LoRARequest`` objects by name."""
+        """``adapters`` are the server's ``LoRARequest`` objects by name; ``signed_by`` as in the status."""
         import vllm
 
         model = engine_client.vllm_config.model_config
@@ -41,9 +42,12 @@ class Readiness:
             adapters=tuple(sorted(config.adapters)),
             max_model_len=model.max_model_len,
             bundle=config.bundle_sha256,
+            signed_by=signed_by,
+            reference=card.reference,
             label=card.label,
             thresholds=card.thresholds,
             patches=tuple(patch.name for patch in card.patches),
+            checks_shape=bool(card.prompt_tails),
             default=config.default,
             guard_version=__version__,
             vllm_version=vllm.__version__,

@@ -21,9 +21,9 @@ from models.recipe import bundle_data
 ROOT = Path(__file__).parents[2]
 VARIANT = "lab-partial"
 SHIPPED, OTHER = "harmful_prompt", "unsafe_output"
-UNITS = "planted_units.json"
-"""The lab model's safety neurons are known. As features they do as well as an L1 choice among all neurons,
-need no choosing on the prompts they are fitted on, and are few."""
+UNITS = ("--units", "all", "--sites", "attention")
+"""Every attention head: on dev sources they rank better than the neurons, planted, chosen or all
+(docs/decisions/shipped-units.md)."""
 COMMON = (
     # The lab models refuse with one fixed sentence of eleven tokens, so that twelve settle the matter.
     *("--judged-tokens", "12"),
@@ -64,7 +64,7 @@ def main() -> None:
         (OTHER, options.work / "bundle-other", f"guard-quality-{OTHER.replace('_', '-')}"),
     ):
         neuronguard(
-            *("fit", *model, "--label", label, "--units", options.lab / UNITS, "--out", out),
+            *("fit", *model, "--label", label, *UNITS, "--out", out),
             *("--data", prompts / "fit", "--threshold-data", prompts / "threshold"),
         )
         files = ("--json", options.reports / f"{report}.json", "--markdown", options.reports / f"{report}.md")

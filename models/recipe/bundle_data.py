@@ -2,8 +2,9 @@
 
 The folders are `fit/`, `threshold/` and `evaluate/`, each with one JSON-lines file a source, for
 `neuronguard fit`; `models.recipe.bundle` writes them and goes on from there.
-Fitting takes trained and dev sources. Thresholds are set on benign sources that the probe never sees; some of
-their rows were seen by the *model*, which is why they are not evaluation sources. Test sources only evaluate.
+Fitting takes trained and dev sources, and some of their rows once more in other words. Thresholds are set on
+benign sources that the probe never sees; some of their rows were seen by the *model*, so that they are no
+evaluation sources. Test sources only evaluate.
 Licences of what is fitted on are those of `sources`: all permissive.
 """
 
@@ -23,6 +24,7 @@ from models.recipe.sources import (
     TRAIN_BENIGN,
     TRAIN_HARMFUL,
 )
+from models.recipe.wording import FIT, changed
 
 THRESHOLD_FILES = {
     "hh_helpful_test": 1100,
@@ -40,6 +42,11 @@ not hold on the next one. Together more than the 3,000 prompts that a rate of 0.
 FIT_CAP = {"harmful": 800, "benign": 1200}
 """Most rows of one source to fit on, by label. Rows that the *model* was not trained on come first: on those
 it behaves as it will behave in use."""
+
+
+REWORDED = {0: "one sentence appended", 1: "three sentences appended", 2: "words before it"}
+"""Which change a row to fit on gets a second time with, by the hash of its text modulo ``OUT_OF``."""
+OUT_OF = 8
 
 
 def fit_rows(data: Path, barred: Overlap) -> dict[str, list[Prompt]]:
@@ -74,17 +81,37 @@ def evaluate_rows(data: Path) -> dict[str, list[Prompt]]:
     return rows
 
 
+def reworded(prompts: Iterable[Prompt]) -> list[tuple[Prompt, Prompt]]:
+    """Some of the prompts, each with itself in other words, harmful and benign ones alike."""
+    pairs = []
+    for prompt in prompts:
+        change = REWORDED.get(digest("reworded:" + prompt.text) % OUT_OF)
+        if change is not None:
+            pairs.append((prompt, prompt._replace(text=changed(FIT, change, prompt.text))))
+    return pairs
+
+
 def few(prompts: Iterable[Prompt], most: int | None = None) -> list[Prompt]:
     """At most so many, in the order of a hash of their text."""
     return sorted(prompts, key=lambda p: digest("bundle:" + p.text))[:most]
 
 
-def write(folder: Path, rows: dict[str, list[Prompt]]) -> None:
-    """One file a source; the source's name is the file's, so that its parts count as one."""
+def write(folder: Path, rows: dict[str, list[Prompt]], *, rewordings: bool = False) -> None:
+    """One file a source; the source's name is the file's, so that its parts count as one.
+
+    With ``rewordings`` some rows are there twice, the second time in other words; both then carry the first
+    one's text as their ``pair``, by which leaving out and intervals know them for one request.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name, prompts in rows.items():
-        lines = (json.dumps({"prompt": p.text, "label": p.label, "source": name}) for p in prompts)
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+        again = {first.text: second.text for first, second in reworded(prompts)} if rewordings else {}
+        with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            for prompt in prompts:
+                row = {"prompt": prompt.text, "label": prompt.label, "source": name}
+                if second := again.get(prompt.text):
+                    row["pair"] = prompt.text
+                    file.write(json.dumps({**row, "prompt": second}) + "\n")
+                file.write(json.dumps(row) + "\n")
 
 
 def write_all(data: Path, out: Path) -> None:
@@ -96,5 +123,5 @@ def write_all(data: Path, out: Path) -> None:
         ("evaluate", evaluate_rows(data)),
     ):
         shutil.rmtree(out / role, ignore_errors=True)
-        write(out / role, rows)
+        write(out / role, rows, rewordings=role == "fit")
         print(f"{role}: {sum(map(len, rows.values()))} prompts of {len(rows)} sources", flush=True)

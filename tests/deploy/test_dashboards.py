@@ -17,6 +17,7 @@ import guard.engine.metrics
 from deploy.dashboards.__main__ import FOLDER, main, outdated, render, rendered
 from deploy.dashboards.queries import Query, concrete, panels, queries
 from service.metrics import Metrics
+from tests.deploy.alerting import RULES
 
 PROVISIONING = FOLDER.parent / "provisioning"
 
@@ -84,7 +85,11 @@ def _labels() -> dict[str, set[str]]:
     return found
 
 
-KNOWN = _labels()
+# The labels that a recorded series has are the first part of its name.
+RECORDED = {
+    rule["record"]: set(rule["record"].partition(":")[0].split("_")) for rule in RULES if "record" in rule
+}
+KNOWN = _labels() | RECORDED
 
 
 def _selectors(node: Any) -> Iterator[promql_parser.VectorSelector]:

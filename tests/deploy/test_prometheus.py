@@ -53,6 +53,7 @@ VALUES: dict[str, set[str]] = {
     "mode": {"enforce", "observe", "check"},
     "source": {"gateway", "direct"},
     "on_missing_verdict": {"closed", "open"},
+    "class": {"benign", "harmful"},
 }
 
 each_rule = pytest.mark.parametrize("rule", RULES, ids=rule_name)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 
 from guard.bundle import Bundle
 from guard.engine import launch
-from guard.engine.config import AUDIENCE_ENV, KEY_FILE_ENV, GuardConfig, verify_served_model
+from guard.engine.config import AUDIENCE_ENV, KEY_FILE_ENV, SIGNED_ENV, GuardConfig, verify_served_model
 from guard.engine.errors import GuardStartupError
 from guard.scorer import Scorer
+from guard.signature import make_key
 from tests.e2e.inprocess import ENGINE, SETTINGS
 from tests.e2e.servers import ENVIRONMENT, engine_command, free_port, process
 from tests.engine import architectures, world
@@ -280,6 +283,7 @@ class TestModelBinding:
         (["--api-server-count", "2"], "leave out --api-server-count above 1"),
         (["--grpc", None], "leave out --grpc"),
         (["--lora-modules", "stranger=/nowhere"], "not listed in the bundle"),
+        (["--require-signed-by", "/nowhere"], "cannot read the public keys"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -291,6 +295,43 @@ def test_launcher_ends_in_one_sentence(
     options = {"--model": str(tiny_model), "--bundle": str(tiny_bundle_dir), "--key-file": str(key_file)}
     options.update([change])
     assert launch.main([part for item in options.items() for part in item if part]) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert sentence in line
+
+
+@pytest.mark.parametrize("by", ["flag", "environment"])
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        ("unsigned", "is not signed"),
+        ("another key", "which is not one of the trusted keys"),
+        ("changed card", "CARD.md is changed since the bundle was signed"),
+        ("signature of another bundle", "and this is"),
+    ],
+)
+def test_launcher_starts_nothing_that_a_required_key_has_not_signed(
+    tiny_model, tiny_bundle, tiny_bundle_dir, signing_key, tmp_path, damage, sentence, by, monkeypatch, capsys
+):
+    bundle, keys = Path(shutil.copytree(tiny_bundle_dir, tmp_path / "b")), f"{signing_key}.pub"
+    match damage:
+        case "unsigned":
+            (bundle / "signature.json").unlink()
+        case "another key":
+            make_key(tmp_path / "other")
+            keys = str(tmp_path / "other.pub")
+        case "changed card":
+            (bundle / "CARD.md").write_text("all is well")
+        case "signature of another bundle":
+            relabelled = tiny_bundle.card.model_copy(update={"label": "harmful_prompt"})
+            Bundle(relabelled, tiny_bundle.scorer, tiny_bundle.patches.values()).save(bundle)
+            shutil.copy(tiny_bundle_dir / "signature.json", bundle)
+    monkeypatch.setenv(AUDIENCE_ENV, "")
+    arguments = ["--model", str(tiny_model), "--bundle", str(bundle)]
+    if by == "flag":
+        arguments += ["--require-signed-by", keys]
+    else:
+        monkeypatch.setenv(SIGNED_ENV, keys)
+    assert launch.main(arguments) == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     assert sentence in line
 

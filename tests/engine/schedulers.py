@@ -102,7 +102,9 @@ class World:
             log_stats=True,
         )
 
-    def request(self, name: str, prompt: list[int], asked: Asked, number: int = 0) -> Request:
+    def request(
+        self, name: str, prompt: list[int], asked: Asked, number: int = 0, salt: str | None = None
+    ) -> Request:
         sealed = "forged"
         if (decision := DECISIONS.get(asked.order)) is not None:
             sealed = Directive.issue(decision, audience="simulated", body=b"").seal(self.keys)
@@ -121,5 +123,6 @@ class World:
             None,
             arrival_time=float(number),
             priority=asked.priority,
+            cache_salt=salt,
             block_hasher=self._hasher,
         )

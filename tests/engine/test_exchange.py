@@ -1,3 +1,6 @@
+import contextlib
+import time
+
 import pytest
 
 from guard.engine.exchange import Admission, Exchange
@@ -112,6 +115,25 @@ class TestAdmission:
         fresh = Directive.issue(REFUSE_AT_HALF, audience="here", body=b"{}", lifetime=100.0).seal(KEYS)
         admission.admit(fresh, b"{}", later)
         assert len(admission._seen) == 1
+
+    @pytest.mark.parametrize("jumps", [(-3600.0,), (3600.0, 0.0), (3600.0, -3600.0)], ids=str)
+    def test_a_clock_that_jumps_makes_no_spent_directive_fresh(self, jumps, monkeypatch):
+        admission, sealed = Admission(KEYS, "here"), self.sealed()
+        admission.admit(sealed, b"{}")
+        wall = time.time
+        for jump in jumps:
+            monkeypatch.setattr(time, "time", lambda jump=jump: wall() + jump)
+            fresh = self.sealed()
+            with contextlib.suppress(DirectiveError):
+                admission.admit(fresh, b"{}")  # forgets what it thinks has expired
+        assert self.reason(admission, sealed, b"{}") in ("replayed", "expired")
+
+    def test_a_directive_does_not_live_longer_because_a_clock_was_set_back(self, monkeypatch):
+        admission, sealed = Admission(KEYS, "here"), self.sealed(lifetime=30.0)
+        wall, steady = time.time(), time.monotonic()
+        monkeypatch.setattr(time, "time", lambda: wall - 3600.0)
+        monkeypatch.setattr(time, "monotonic", lambda: steady + 31.0)
+        assert self.reason(admission, sealed, b"{}") == "expired"
 
     @staticmethod
     def sealed(lifetime: float = 30.0) -> str:

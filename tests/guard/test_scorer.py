@@ -28,6 +28,19 @@ def test_a_linear_probe_is_its_one_row() -> None:
     assert found.tolist() == [-0.5, -5.5]
 
 
+@pytest.mark.parametrize("scorer_of", [Scorer.linear, None])
+def test_equal_activations_have_equal_logits_however_they_lie_in_memory(scorer_of: Any) -> None:
+    random = np.random.default_rng(0)
+    features = random.standard_normal((257, 1536)).astype(np.float32)
+    weight = random.standard_normal((8, 1536)).astype(np.float32)
+    scorer = (
+        Scorer.linear(weight[0], 0.5)
+        if scorer_of
+        else Scorer(weight, weight[:, 0].copy(), weight[0, :8].copy(), 0.0)
+    )
+    assert np.array_equal(scorer.logits(features), scorer.logits(np.asfortranarray(features)))
+
+
 def test_a_hidden_layer_lets_through_what_is_positive() -> None:
     scorer = network()
     assert (scorer.kind, scorer.hidden, scorer.features) == ("mlp", 3, 2)

@@ -165,7 +165,7 @@ def _planted(
 def card(**changes: Any) -> dict[str, Any]:
     """A valid card as a JSON document, for a model of three layers with 48 neurons and 4 heads of width 8."""
     document: dict[str, Any] = {
-        "schema_version": 1,
+        "schema_version": 2,
         "model": {
             "name": "toy",
             "architecture": "LlamaForCausalLM",

@@ -14,7 +14,8 @@ from guard.sealed import Keyring
 from service.__main__ import main
 from service.app import create_app
 from service.errors import ConfigError
-from tests.service.world import MODEL, FakeEngine, serving, settings_for, world
+from tests.service.fake_engine import MODEL, FakeEngine
+from tests.service.world import serving, settings_for, world
 
 HEAVY = ("torch", "numpy", "vllm", "transformers", "scipy", "sklearn", "safetensors")
 
@@ -123,6 +124,7 @@ def wait_for(url: str) -> bool:
         ("POST", "/v1/responses", 404, "unsupported_api"),
         ("GET", "/v1/responses/r", 404, "route_not_found"),
         ("POST", "/v1/embeddings", 404, "route_not_found"),
+        ("POST", "/openai/deployments/x/embeddings", 404, "route_not_found"),
         ("POST", "/tokenize", 404, "route_not_found"),
         ("GET", "/guard/status", 404, "route_not_found"),
         ("GET", "/docs", 404, "route_not_found"),
@@ -159,6 +161,8 @@ async def test_the_description_names_every_route_and_resolves(tmp_path: Path) ->
     assert set(described["paths"]) == {
         "/v1/chat/completions",
         "/v1/completions",
+        "/openai/deployments/{deployment}/chat/completions",
+        "/openai/deployments/{deployment}/completions",
         "/v1/moderations",
         "/v1/responses",
         "/v1/guard/check",

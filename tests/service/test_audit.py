@@ -17,7 +17,8 @@ from service.audit import AT_THE_END, AuditRecord, PromptDigest
 from service.errors import ConfigError
 from service.logs import JsonLines, set_up
 from service.settings import Settings
-from tests.service.world import CHAT, MODEL, SECRET, World, world
+from tests.service.fake_engine import CHAT, MODEL, SECRET
+from tests.service.world import World, world
 
 CANARY = "canary-in-the-prompt"
 KEY = "sk-canary-key"

@@ -7,7 +7,8 @@ from service.auth import authenticate
 from service.errors import ApiError
 from service.policy import Policy
 from service.policy_file import Policies
-from tests.service.world import CHAT, world
+from tests.service.fake_engine import CHAT
+from tests.service.world import world
 
 KEY = "sk-acme-1"
 

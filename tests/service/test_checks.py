@@ -8,7 +8,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from tests.service.world import HARMFUL, MODEL, SECRET, World, world
+from tests.service.fake_engine import HARMFUL, MODEL, SECRET
+from tests.service.world import World, world
 
 CONTRACTS = Path(__file__).parent.parent / "data" / "contracts"
 LITELLM = "/beta/litellm_basic_guardrail_api"
@@ -174,6 +175,7 @@ async def test_the_full_verdict(tmp_path: Path) -> None:
                     "unsafe": True,
                     "bundle": "b" * 64,
                     "read": "prompt_last",
+                    "unscored_shape": False,
                     "prompt_tokens": 7,
                 },
             }

@@ -14,7 +14,8 @@ from service.engine import EngineWatch
 from service.metrics import Metrics
 from service.policy_store import PolicyStore
 from service.settings import Settings
-from tests.service.world import BAD_CHAT, CHAT, MODEL, World, a_status, eventually, world
+from tests.service.fake_engine import BAD_CHAT, CHAT, MODEL, a_status
+from tests.service.world import World, eventually, world
 
 KEYS = Keyring.generate()
 
@@ -51,7 +52,7 @@ async def test_a_new_bundle_moves_the_thresholds(tmp_path: Path) -> None:
         assert (await w.client.post("/v1/chat/completions", json=BAD_CHAT)).headers[
             "x-guard-action"
         ] == "pass"
-        info = {"model": MODEL, "probe": "unsafe_output"}
+        info = {"model": MODEL, "probe": "unsafe_output", "signed_by": "none"}
         assert w.metric("guard_bundle_info", digest="c" * 64, **info) == 1
         assert w.total("guard_bundle_info") == 1
 

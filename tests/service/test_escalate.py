@@ -10,9 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.service.world import CHAT, MODEL, SECRET, World, world
+from tests.service.answers import CHATS
+from tests.service.fake_engine import CHAT, MODEL, SECRET
+from tests.service.world import World, world
 
-CHATS = "/v1/chat/completions"
 CANARY = "kx-canary"
 ASK = {"model": MODEL, "messages": [{"role": "user", "content": CANARY}]}
 RULES = "[{above: 0.9, action: refuse}, {above: 0.4, action: escalate}, {above: 0.2, action: tag}]"

@@ -14,9 +14,10 @@ from service.key_index import KeyIndex
 from service.limits import KeyLimits
 from service.metrics import Metrics
 from service.policy_file import ApiKey
-from tests.service.world import BAD_CHAT, CHAT, MODEL, World, eventually, live, world
+from tests.service.answers import CHATS
+from tests.service.fake_engine import BAD_CHAT, CHAT, MODEL
+from tests.service.world import World, eventually, live, world
 
-CHATS = "/v1/chat/completions"
 MINE = {"authorization": "Bearer mine"}
 
 

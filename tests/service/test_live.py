@@ -11,22 +11,10 @@ import httpx
 import pytest
 
 from service.app import create_app
-from tests.service.world import (
-    BAD_CHAT,
-    CHAT,
-    DIE,
-    FakeEngine,
-    Live,
-    a_status,
-    chunk,
-    eventually,
-    live,
-    serving,
-    settings_for,
-    world,
-)
+from tests.service.answers import CHATS
+from tests.service.fake_engine import BAD_CHAT, CHAT, DIE, FakeEngine, a_status, chunk
+from tests.service.world import Live, eventually, live, serving, settings_for, world
 
-CHATS = "/v1/chat/completions"
 STREAM = CHAT | {"stream": True}
 
 

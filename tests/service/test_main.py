@@ -12,6 +12,8 @@ import pytest
 
 from guard.healthcheck import main as healthcheck
 from guard.sealed import Keyring
+from service.errors import ConfigError
+from service.settings import load_settings
 from tests.e2e.servers import free_port, process, wait_until
 
 
@@ -40,15 +42,20 @@ def test_metrics_on_a_port_of_their_own_are_not_public(tmp_path: Path) -> None:
         assert "process_open_fds" in text
 
 
-def test_metrics_are_on_the_only_port_otherwise(tmp_path: Path) -> None:
-    with running(tmp_path) as public:
-        assert "guard_upstream_up" in httpx.get(f"{public}/metrics").text
+@pytest.fixture(scope="module")
+def public(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A gateway without an engine."""
+    with running(tmp_path_factory.mktemp("public")) as url:
+        yield url
 
 
-def test_the_container_health_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with running(tmp_path) as public:
-        assert healthcheck([f"{public}/healthz"]) == 0
-        assert healthcheck([f"{public}/readyz"]) == 1
+def test_metrics_are_on_the_only_port_otherwise(public: str) -> None:
+    assert "guard_upstream_up" in httpx.get(f"{public}/metrics").text
+
+
+def test_the_container_health_check(public: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert healthcheck([f"{public}/healthz"]) == 0
+    assert healthcheck([f"{public}/readyz"]) == 1
     assert capsys.readouterr().out.startswith("503: ")
 
 
@@ -67,16 +74,18 @@ def refused(folder: Path, **more: str) -> str:
     return done.stderr
 
 
-def test_a_metrics_port_in_use_is_one_sentence(tmp_path: Path) -> None:
-    with running(tmp_path) as public:
-        taken = public.rpartition(":")[2]
-        said = refused(tmp_path, NEURONGUARD_METRICS_PORT=taken)
+def test_a_metrics_port_in_use_is_one_sentence(public: str, tmp_path: Path) -> None:
+    taken = public.rpartition(":")[2]
+    said = refused(tmp_path, NEURONGUARD_METRICS_PORT=taken)
     assert said.startswith(f"neuronguard: The metrics cannot be served on 127.0.0.1:{taken}")
 
 
 @pytest.mark.parametrize("value", ["0", "70000", "x"])
-def test_a_wrong_metrics_port_is_named(value: str, tmp_path: Path) -> None:
-    assert "NEURONGUARD_METRICS_PORT" in refused(tmp_path, NEURONGUARD_METRICS_PORT=value)
+def test_a_wrong_metrics_port_is_named(value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in environment(tmp_path, NEURONGUARD_METRICS_PORT=value).items():
+        monkeypatch.setenv(name, text)
+    with pytest.raises(ConfigError, match="NEURONGUARD_METRICS_PORT"):
+        load_settings()
 
 
 GOOD = """
@@ -113,7 +122,10 @@ def test_a_configuration_can_be_checked_without_serving(command: list[str], tmp_
     assert (done.returncode, done.stderr) == (0, "")
     assert "default (enforce), trial (observe)" in done.stdout
     assert "rules by fpr are checked once" in done.stdout
-    wrong = check(tmp_path, GOOD + "  worse: {mood: bad}\n", command=command)
+
+
+def test_a_wrong_configuration_is_one_sentence_and_exit_2(tmp_path: Path) -> None:
+    wrong = check(tmp_path, GOOD + "  worse: {mood: bad}\n", command=["-m", "service"])
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert "policies.yaml, line 5: policies.worse.mood is not a known key" in wrong.stderr
     assert "Traceback" not in wrong.stderr

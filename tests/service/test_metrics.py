@@ -1,3 +1,4 @@
+import asyncio
 import re
 from pathlib import Path
 
@@ -9,16 +10,20 @@ from guard.sealed import SEAL_ERRORS
 from guard.verdict import DIRECTIVE_ERRORS
 from service.errors import STAGES
 from service.metrics import Metrics
-from tests.service.world import BAD_CHAT, CHAT, MODEL, world
+from tests.service.fake_engine import BAD_CHAT, CHAT, MODEL
+from tests.service.world import eventually, world
 
 NAMES = {
     "guard_requests",
     "guard_score",
+    "guard_score_bin",
+    "guard_score_reference",
     "guard_time_to_verdict_seconds",
     "guard_request_seconds",
     "guard_upstream_first_byte_seconds",
     "guard_gateway_overhead_seconds",
     "guard_bypass",
+    "guard_unscored_shape",
     "guard_errors",
     "guard_inflight_requests",
     "guard_upstream_up",
@@ -31,6 +36,7 @@ NAMES = {
     "guard_policy_reloads",
     "guard_judgements",
     "guard_rejections",
+    "guard_test_refusals",
     "guard_upstream_retries",
     "guard_judge_seconds",
 }
@@ -113,6 +119,21 @@ async def test_what_a_request_leaves_behind(tmp_path: Path) -> None:
         assert w.metric("guard_inflight_requests") == 0
         assert w.total("guard_bypass_total") == 0
         assert w.total("guard_errors_total") == 0
+
+
+async def test_only_requests_of_clients_are_in_flight(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+
+        async def shown() -> list[str]:
+            lines = (await w.client.get("/metrics")).text.splitlines()
+            return [line for line in lines if line.startswith("guard_inflight_requests ")]
+
+        assert await shown() == ["guard_inflight_requests 0.0"]  # and not the question itself
+        w.engine.before_headers = 0.5
+        asking = asyncio.create_task(w.client.post("/v1/chat/completions", json=CHAT))
+        await eventually(lambda: len(w.engine.seen) == 1)
+        assert await shown() == ["guard_inflight_requests 1.0"]
+        assert (await asking).status_code == 200
 
 
 async def test_labels_do_not_grow_with_what_clients_send(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from openai.types import Moderation, ModerationCreateResponse
 from openai.types.moderation import Categories
 
 from service.moderation import CATEGORIES
-from tests.service.world import HARMFUL, MODEL, SECRET, world
+from tests.service.fake_engine import HARMFUL, MODEL, SECRET
+from tests.service.world import world
 
 ROUTE = "/v1/moderations"
 

@@ -9,7 +9,8 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 
-from tests.service.world import DIE, HARMFUL, MODEL, SECRET, Live, chunk, live
+from tests.service.fake_engine import DIE, HARMFUL, MODEL, SECRET, chunk
+from tests.service.world import Live, live
 
 HI = [{"role": "user", "content": "hello"}]
 BAD = [{"role": "user", "content": HARMFUL}]

@@ -13,7 +13,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from tests.service.world import MODEL, Live, live
+from tests.service.fake_engine import MODEL
+from tests.service.world import Live, live
 
 CHECKS = (
     not_a_server_error,
@@ -37,6 +38,8 @@ def description(gateway: Live) -> schemathesis.BaseSchema:
 OPERATIONS = (
     "POST /v1/chat/completions",
     "POST /v1/completions",
+    "POST /openai/deployments/{deployment}/chat/completions",
+    "POST /openai/deployments/{deployment}/completions",
     "POST /v1/responses",
     "POST /v1/moderations",
     "POST /v1/guard/check",
@@ -55,7 +58,11 @@ def test_these_are_all_operations(description: schemathesis.BaseSchema) -> None:
     assert {result.ok().label for result in description.get_all_operations()} == set(OPERATIONS)
 
 
-WITH_INPUT = [operation for operation in OPERATIONS if operation.startswith("POST") or "{" in operation]
+WITH_INPUT = [
+    operation
+    for operation in OPERATIONS
+    if (operation.startswith("POST") or "{" in operation) and "/openai/" not in operation  # as /v1
+]
 SENT = [(operation, GenerationMode.POSITIVE) for operation in OPERATIONS] + [
     (operation, GenerationMode.NEGATIVE) for operation in WITH_INPUT
 ]
@@ -67,8 +74,8 @@ def meant(case: schemathesis.Case) -> None:
         for name, value in (("model", MODEL), ("input_type", "request"), ("images", None)):
             if name in case.body:
                 case.body[name] = value
-    if case.path_parameters:
-        case.path_parameters["model_id"] = MODEL
+    for name in case.path_parameters or ():
+        case.path_parameters[name] = MODEL
 
 
 @pytest.mark.parametrize(("operation", "mode"), SENT, ids=str)
@@ -90,3 +97,33 @@ def test_every_answer_is_a_described_one(
     holds()
     if mode is GenerationMode.POSITIVE:
         assert (404 if "responses" in path else 200) in statuses
+
+
+GENERATING = ("POST /v1/chat/completions", "POST /v1/completions")
+
+
+@pytest.mark.parametrize("outcome", ["pass", "refuse"])
+@pytest.mark.parametrize("operation", GENERATING)
+def test_every_streamed_answer_is_a_described_one(
+    operation: str, outcome: str, gateway: Live, description: schemathesis.BaseSchema
+) -> None:
+    """Examples stream by themselves now and then only."""
+    method, path = operation.split()
+    gateway.engine.score = 0.97 if outcome == "refuse" else 0.01
+
+    @given(description[path][method].as_strategy(generation_mode=GenerationMode.POSITIVE))
+    @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    def holds(case: schemathesis.Case) -> None:
+        meant(case)
+        assert isinstance(case.body, dict)
+        case.body["stream"] = True
+        response = case.call()
+        case.validate_response(response, checks=CHECKS)
+        seen.append((response.status_code, response.headers["content-type"][0].partition(";")[0]))
+        if response.status_code == 200:
+            assert response.headers["x-guard-action"] == [outcome]
+
+    seen: list[tuple[int, str]] = []
+    holds()
+    assert set(seen) <= {(200, "text/event-stream"), (400, "application/json")}
+    assert seen.count((200, "text/event-stream")) > 5

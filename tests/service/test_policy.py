@@ -5,7 +5,7 @@ import pytest
 from guard.verdict import Rule
 from service.policy import PolicyError
 from service.policy_file import bind, load_policies
-from tests.service.world import a_status
+from tests.service.fake_engine import a_status
 
 KEY = "a" * 64
 JUDGES = "{a: {base_url: 'http://judge/v1', model: m}}"

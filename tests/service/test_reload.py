@@ -9,9 +9,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.service.world import BAD_CHAT, CHAT, World, a_status, eventually, live, world
+from tests.service.answers import CHATS
+from tests.service.fake_engine import BAD_CHAT, CHAT, a_status
+from tests.service.world import World, eventually, live, world
 
-CHATS = "/v1/chat/completions"
 RELOAD = "/admin/policies/reload"
 ENFORCE = "policies: {default: {}}"
 OBSERVE = "policies: {default: {mode: observe}}"

@@ -1,9 +1,7 @@
 """A gateway that is told to stop: running answers finish, and load balancers are told first."""
 
-import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,34 +11,20 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.servers import free_port
-from tests.service.test_app import wait_for
-from tests.service.world import CHAT, FakeEngine, chunk, serving, settings_for
-
-CHATS = "/v1/chat/completions"
+from tests.service.answers import CHATS
+from tests.service.fake_engine import CHAT, FakeEngine, chunk
+from tests.service.processes import gateway_process
+from tests.service.world import serving, settings_for
 
 
 @contextmanager
 def process(folder: Path, engine: FakeEngine, **more: str) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
-    settings = settings_for(engine, folder)
-    port = free_port()
-    with serving(engine) as engine_url:
-        environment = {
-            "NEURONGUARD_ENGINE_URL": engine_url,
-            "NEURONGUARD_KEY_FILE": str(settings.key_file),
-            "NEURONGUARD_PORT": str(port),
-            **more,
-        }
-        with (folder / "log").open("wb") as log:
-            child = subprocess.Popen(
-                [sys.executable, "-m", "service"], env=os.environ | environment, stdout=log, stderr=log
-            )
-        try:
-            assert wait_for(f"http://127.0.0.1:{port}/readyz")
-            yield f"http://127.0.0.1:{port}", child
-        finally:
-            child.kill()
-            child.wait(10)
+    key_file = settings_for(engine, folder).key_file
+    with (
+        serving(engine) as engine_url,
+        gateway_process(folder, engine_url, key_file, **more) as gateway,
+    ):
+        yield gateway.url, gateway.child
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -67,9 +51,9 @@ def test_answers_that_are_on_their_way_finish(stream: bool, tmp_path: Path) -> N
 
 
 def test_it_says_that_it_will_stop_before_it_does(tmp_path: Path) -> None:
-    with process(tmp_path, FakeEngine(), NEURONGUARD_DRAIN_DELAY="1.5") as (url, child):
+    with process(tmp_path, FakeEngine(), drain_delay="1.5") as (url, child):
         child.terminate()
-        time.sleep(0.3)
+        time.sleep(0.2)
         ready = httpx.get(url + "/readyz")
         assert (ready.status_code, ready.json()["detail"]) == (503, "the gateway is stopping")
         assert httpx.post(url + CHATS, json=CHAT).status_code == 200

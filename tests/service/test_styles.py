@@ -11,9 +11,10 @@ import pytest
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel, SecretStr
 
-from tests.service.world import BAD_CHAT, CHAT, HARMFUL, MODEL, SECRET, Live, live, world
+from tests.service.answers import CHATS
+from tests.service.fake_engine import BAD_CHAT, CHAT, HARMFUL, MODEL, SECRET
+from tests.service.world import Live, live, world
 
-CHATS = "/v1/chat/completions"
 TEXT = "Not here."
 STYLES = ("message", "content_filter", "azure", "error")
 BAD: Any = BAD_CHAT["messages"]

@@ -10,19 +10,10 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from service.app import create_app
 from service.errors import ConfigError
-from tests.service.world import (
-    BAD_CHAT,
-    CHAT,
-    HARMFUL,
-    MODEL,
-    SECRET,
-    FakeEngine,
-    serving,
-    settings_for,
-    world,
-)
+from tests.service.answers import CHATS
+from tests.service.fake_engine import BAD_CHAT, CHAT, HARMFUL, MODEL, SECRET, FakeEngine
+from tests.service.world import serving, settings_for, world
 
-CHATS = "/v1/chat/completions"
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 SENT = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
 

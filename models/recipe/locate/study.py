@@ -7,17 +7,17 @@ change of a method, remove the folder.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from guard.cache import Cache, digest_of
+from guard.cache import digest_of
 from guard.checkpoint import Checkpoint
 from guard.lab import materialise
 from guard.locate.results import versions
+from models.recipe.parts import part
 
 
 class Pair(NamedTuple):
@@ -71,7 +71,7 @@ class Study:
 
     def part(self, key: Any, compute: Callable[[], Any]) -> Any:
         """A JSON document: read back, or computed now and kept."""
-        return kept(self.store, self.key(key), compute)
+        return part(self.store, self.key(key), compute)
 
     def key(self, key: Any) -> Any:
         """All that a part depends on: besides its own key the models, sizes and versions."""
@@ -94,14 +94,3 @@ class Study:
     @cached_property
     def _opened(self) -> dict[str, Checkpoint]:
         return {}
-
-
-def kept(store: Path, key: Any, compute: Callable[[], Any]) -> Any:
-    """A JSON document under all that it depends on: read back, or computed now and kept."""
-    cache = Cache(store)
-    found = cache.texts("parts", key)
-    if found is None:
-        cache.keep_texts("parts", key, [json.dumps(compute(), allow_nan=False)])
-        found = cache.texts("parts", key)
-    assert found is not None
-    return json.loads(found[0])

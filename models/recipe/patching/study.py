@@ -27,7 +27,8 @@ from guard.prompts import Tokens
 from guard.sites import ModelShape
 from models.recipe.locate.helpful import factors
 from models.recipe.locate.helpful import texts as real_texts
-from models.recipe.locate.study import RECIPIENT, kept
+from models.recipe.locate.study import RECIPIENT
+from models.recipe.parts import part
 from models.recipe.patching.prompts import ROLES, draw, tokens
 
 BATCH = 4096
@@ -88,7 +89,7 @@ class Lab:
 
     def part(self, key: Any, compute: Callable[[], Any]) -> Any:
         """A JSON document: read back, or computed now and kept."""
-        return kept(self.store, [key, self._identity], compute)
+        return part(self.store, [key, self._identity], compute)
 
     @cached_property
     def _identity(self) -> str:

@@ -1,0 +1,1 @@
+"""The lab guard by the whole protocol: `docs/results/detection.md` by one command."""

@@ -1,0 +1,226 @@
+"""What faults of a real engine look like to a client: too small a pool, a hang, a worker that is killed.
+
+One engine for all of them, on a copy of the bundle, with few blocks and its worker in a process of its own.
+The tests run in their order, since the last one ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from guard.bundle import ARRAY_FILE, Bundle, BundleError
+from guard.engine.config import GuardConfig
+from guard.engine.errors import GuardStartupError
+from guard.verdict import EngineStatus
+from service.app import create_app
+from service.settings import Settings
+from tests.e2e import servers
+from tests.e2e.test_stack import metric
+from tests.engine import world
+from tests.service.processes import GatewayProcess, gateway_process
+from tests.service.world import eventually
+
+BLOCKS = 40
+"""Of 32 tokens: not even three requests of full length fit at one time."""
+FLAGS = ("--distributed-executor-backend", "mp", "--num-gpu-blocks-override", str(BLOCKS))
+TEXTS = "/v1/completions"
+
+
+@dataclass(frozen=True)
+class Doomed:
+    """The engine and the gateway in front of it."""
+
+    engine: str
+    pid: int
+    bundle: Path
+    gateway: GatewayProcess
+
+    def ask(self, prompt: list[int], name: str, **more: object) -> httpx.Response:
+        body = {"model": "tiny", "prompt": prompt, "max_tokens": 4} | more
+        return httpx.post(self.gateway.url + TEXTS, json=body, headers={"x-request-id": name}, timeout=60)
+
+    def lines(self, *names: str) -> list[dict[str, object]]:
+        """The last audit lines of these requests, each of which has a first one as well."""
+        deadline = time.monotonic() + 10
+        while not set(names) <= set(ends := self.gateway.ends()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert set(names) <= set(self.gateway.answers())
+        return [ends[name] for name in names]
+
+
+@pytest.fixture(scope="module")
+def doomed(tiny_model, tiny_bundle_dir, key_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("doomed")
+    bundle = shutil.copytree(tiny_bundle_dir, folder / "bundle")
+    port = servers.free_port()
+    command = servers.engine_command(tiny_model, bundle, key_file, "tiny", port, *FLAGS)
+    url, log = f"http://127.0.0.1:{port}", folder / "engine.log"
+    times = {"verdict_timeout": "5", "answer_timeout": "40", "idle_timeout": "20"}
+    with servers.process(command, servers.ENVIRONMENT, log) as child:
+        servers.wait_until(f"{url}/guard/status", child, log)
+        with gateway_process(folder, url, key_file, **times) as gateway:
+            yield Doomed(url, child.pid, bundle, gateway)
+
+
+@pytest.fixture(scope="module")
+def judged(reference, tiny_bundle):
+    """``(prompt, whether it is refused)``, all of them far from the threshold."""
+    above = tiny_bundle.card.threshold(tiny_bundle.card.default_false_positive_rate).logit
+    prompts = world.prompts(60, seed=77, shortest=90, longest=200)
+    logits = [float(tiny_bundle.logits(reference.features(p)[None])[0]) for p in prompts]
+    found = [(p, x >= above) for p, x in zip(prompts, logits, strict=True) if abs(x - above) > 0.05]
+    assert {refused for _, refused in found} == {True, False}
+    return found
+
+
+@pytest.fixture(scope="module")
+def safe(judged):
+    return next(prompt for prompt, refused in judged if not refused)
+
+
+async def test_a_pool_that_is_too_small_delays_answers_and_mixes_up_no_verdict(doomed, judged):
+    async with httpx.AsyncClient(base_url=doomed.gateway.url, timeout=60) as client:
+
+        async def ask(index: int, prompt: list[int]) -> str:
+            body = {
+                "model": "tiny",
+                "prompt": prompt,
+                "max_tokens": 120,
+                "ignore_eos": True,
+                "temperature": 0,
+            }
+            answer = await client.post(TEXTS, json=body, headers={"x-request-id": f"pool-{index}"})
+            assert answer.status_code == 200, answer.text
+            return answer.headers["x-guard-action"]
+
+        chosen = judged[:24]
+        actions = await asyncio.gather(*(ask(index, prompt) for index, (prompt, _) in enumerate(chosen)))
+    assert actions == ["refuse" if refused else "pass" for _, refused in chosen]
+    assert metric(doomed.engine, "vllm:num_preemptions_total") > 0
+    assert doomed.gateway.metric("guard_bypass_total") == 0
+    lines = doomed.lines(*(f"pool-{index}" for index in range(len(chosen))))
+    assert {(line["status"], line["outcome"]) for line in lines} == {(200, "complete")}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_that_is_too_long_is_a_400(doomed, stream):
+    answer = doomed.ask([5] * 600, f"long-{stream}", stream=stream)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert "x-guard-action" not in answer.headers
+    assert doomed.lines(f"long-{stream}")[0]["status"] == 400
+
+
+async def test_a_gateway_whose_clock_lags_is_refused_by_the_engine(doomed, safe, key_file, monkeypatch):
+    class Clock:
+        @staticmethod
+        def time() -> float:
+            return time.time() - 3600.0
+
+    expired = metric(doomed.engine, "guard_engine_directive_errors_total", reason="expired")
+    app = create_app(Settings(engine_url=(doomed.engine,), key_file=key_file))
+    transport = httpx.ASGITransport(app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://gateway", timeout=60) as client,
+    ):
+        await eventually(lambda: app.state.gateway.pool.ready, within=20)
+        body = {"model": "tiny", "prompt": safe, "max_tokens": 4}
+        assert (await client.post(TEXTS, json=body)).status_code == 200
+        with monkeypatch.context() as patch:
+            patch.setattr("guard.verdict.time", Clock)
+            answer = await client.post(TEXTS, json=body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "guard_directive_refused")
+        assert (await client.post(TEXTS, json=body)).status_code == 200
+    assert metric(doomed.engine, "guard_engine_directive_errors_total", reason="expired") == expired + 1
+
+
+def test_a_bundle_that_changes_under_a_running_engine_changes_nothing_until_the_next_start(
+    doomed, judged, tiny_bundle
+):
+    meant = GuardConfig.for_bundle(str(doomed.bundle), tiny_bundle)
+    assert meant.load_bundle().digest == tiny_bundle.digest
+
+    def assert_as_ever(name: str) -> None:
+        for index, (prompt, refused) in enumerate(judged[:6]):
+            answer = doomed.ask(prompt, f"{name}-{index}")
+            assert answer.headers["x-guard-action"] == ("refuse" if refused else "pass")
+        status = EngineStatus.model_validate(httpx.get(f"{doomed.engine}/guard/status", timeout=10).json())
+        assert (status.state, status.bundle) == ("ready", tiny_bundle.digest)
+        written = doomed.gateway.answers()
+        assert {written[f"{name}-{index}"]["bundle"] for index in range(6)} == {tiny_bundle.digest}
+
+    arrays = doomed.bundle / ARRAY_FILE
+    os.truncate(arrays, arrays.stat().st_size // 2)
+    assert_as_ever("truncated")
+    with pytest.raises(BundleError, match="not a readable bundle"):
+        Bundle.load(doomed.bundle)
+
+    shutil.rmtree(doomed.bundle)
+    assert_as_ever("gone")
+    other = tiny_bundle.card.model_copy(update={"default_false_positive_rate": 0.001})
+    assert other != tiny_bundle.card
+    Bundle(other, tiny_bundle.scorer, tiny_bundle.patches.values()).save(doomed.bundle)
+    assert_as_ever("replaced")
+    with pytest.raises(GuardStartupError, match="has changed"):
+        meant.load_bundle()
+
+
+def test_an_engine_core_that_hangs_is_a_504_and_answers_when_it_is_back(doomed, safe):
+    core = servers.descendant(doomed.pid, "VLLM::EngineCore")
+    before = doomed.gateway.metric("guard_errors_total", stage="backend", outcome="closed")
+    os.kill(core, signal.SIGSTOP)
+    try:
+        answer = doomed.ask(safe, "hang", stream=True)
+    finally:
+        os.kill(core, signal.SIGCONT)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "engine_timeout")
+    assert doomed.gateway.metric("guard_errors_total", stage="backend", outcome="closed") == before + 1
+    assert doomed.lines("hang")[0]["status"] == 504
+    assert doomed.ask(safe, "back").status_code == 200
+
+
+def test_a_worker_that_is_killed_ends_its_streams_in_an_error_and_the_gateway_turns_others_away(doomed, safe):
+    worker = servers.descendant(doomed.pid, "VLLM::Worker")
+    wish = {"stream": True, "max_tokens": 300, "min_tokens": 300, "ignore_eos": True}
+    body = {"model": "tiny", "prompt": safe} | wish
+    headers, url = {"x-request-id": "killed"}, doomed.gateway.url + TEXTS
+    with httpx.stream("POST", url, json=body, headers=headers, timeout=60) as stream:
+        assert stream.headers["x-guard-action"] == "pass"
+        parts = stream.iter_text()
+        begun = next(parts)
+        os.kill(worker, signal.SIGKILL)
+        frames = (begun + "".join(parts)).removesuffix("\n\n").split("\n\n")
+    assert any('"error"' in frame for frame in frames[-2:]), frames[-2:]
+    assert len(frames) < 300
+
+    deadline, dying = time.monotonic() + 60, 0
+    while httpx.get(f"{doomed.gateway.url}/readyz", timeout=10).status_code == 200:
+        answer = doomed.ask(safe, f"dying-{dying}", stream=True)
+        assert answer.status_code in (502, 503, 504)
+        assert "choices" not in answer.text
+        assert time.monotonic() < deadline
+        dying += 1
+        time.sleep(0.2)
+    answer = doomed.ask(safe, "dead")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_not_ready")
+    assert doomed.gateway.metric("guard_upstream_up") == 0
+    assert doomed.gateway.metric("guard_bypass_total") == 0
+    lines = doomed.lines("killed", "dead", *(f"dying-{index}" for index in range(dying)))
+    assert [line["status"] for line in lines[:2]] == [200, 503]
+    assert lines[0]["outcome"] == "interrupted"
+
+
+def test_every_request_of_all_these_tests_has_its_audit_lines(doomed):
+    answers, ends = doomed.gateway.answers(), doomed.gateway.ends()
+    assert set(answers) == set(ends)
+    assert all(answers[name]["action"] in ("pass", "refuse") for name in ends if ends[name]["status"] == 200)
