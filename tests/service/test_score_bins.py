@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from guard.reference import ScoreReference
-from tests.service.world import BAD_CHAT, CHAT, MODEL, FakeEngine, World, a_status, eventually, world
+from tests.service.fake_engine import BAD_CHAT, CHAT, MODEL, FakeEngine, a_status
+from tests.service.world import World, eventually, world
 
 REFERENCE = ScoreReference(edges=(0.005, 0.5, 0.97), benign=(10, 80, 9, 1), harmful=(0, 1, 2, 3))
 

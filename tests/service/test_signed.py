@@ -8,7 +8,8 @@ import pytest
 
 from guard.signature import make_key
 from service.errors import ConfigError
-from tests.service.world import CHAT, FakeEngine, World, a_status, eventually, world
+from tests.service.fake_engine import CHAT, FakeEngine, a_status
+from tests.service.world import World, eventually, world
 
 
 @pytest.fixture
