@@ -40,6 +40,8 @@ class Donor:
 
     def __init__(self, bundle: Bundle, model: nn.Module, vllm_config: Any, checkpoint: str | None) -> None:
         self.patches = dynamic_patches(bundle)
+        # Rows under a stored patch may have a higher number than any under a dynamic one.
+        self._slots = len(bundle.card.patches) + 1
         self._shape = bundle.card.model.shape
         first = next(iter(self.patches.values()))
         for patch in self.patches.values():
@@ -57,7 +59,6 @@ class Donor:
     def attach(self, patches: Patches, model: nn.Module, *, max_tokens: int, rank: int) -> None:
         """Hook the donor to the served ``model``, behind taps and stored patches."""
         self._rows = patches
-        slots = max(self.patches) + 1
         places: dict[tuple[int, SiteKind], list[tuple[int, list[int], Tensor | None]]] = {}
         for slot, patch in self.patches.items():
             factor = patch.arrays.get("factor")
@@ -72,7 +73,7 @@ class Donor:
                 self._stack.get_submodule(name.removeprefix("model.")),
                 parts,
                 kind=kind,
-                slots=slots,
+                slots=self._slots,
                 max_tokens=max_tokens,
                 rank=rank,
             )

@@ -45,9 +45,10 @@ def made(shape: ModelShape) -> list[Patch]:
         patches.stored("zero", SOME, shape, scale=0.0),
         patches.stored("mean", SOME, shape, scale=0.0, shift=drawn(-0.2, 0.2, columns)),
         patches.stored("factors", SOME, shape, scale=drawn(0, 2, columns)),
-        patches.steering("steer", drawn(-1, 1, world.SIZES["hidden_size"]), (1, 2), shape, strength=1.0),
         patches.from_vector("donor-some", SOME, vector, shape),
         patches.from_vector("donor-all", EVERY_NEURON, vector, shape),
+        # Behind those of a donor: numbers of the two kinds are mixed.
+        patches.steering("steer", drawn(-1, 1, world.SIZES["hidden_size"]), (1, 2), shape, strength=1.0),
         patches.prefix("words", "the words", PREFIX),
     ]
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from guard import patch as patches
 from guard.bundle import Bundle, Site
+from guard.ia3 import fold_checkpoint
 from guard.locate.patching import units_of
 from guard.patch import Patch
 from guard.patch_card import PatchSite
@@ -95,15 +96,17 @@ def _answers(lab: Lab, ways: dict[str, Way], prompts: list[Tokens], folder: Path
 
     from guard.engine import selftest
 
+    # Without the vectors beside the weights, which vLLM would take for weights.
+    model = fold_checkpoint(lab.weights, folder / "model")
     # Any probe will do: the rules below patch whatever it says.
     sites = (Site(layer=0, kind="mlp", units=tuple(range(16))),)
-    bundle = make_bundle(folder / "probe", lab.weights, sites, [list(p) for p in prompts[:12]])
+    bundle = make_bundle(folder / "probe", model, sites, [list(p) for p in prompts[:12]])
     bundle = Bundle.load(with_threshold(bundle, folder / "pass", 1.0))
     for patch in _made(lab, ways):
         bundle = bundle.with_patch(patch)
     bundle.save(folder / "bundle")
     llm = LLM(
-        str(lab.weights),
+        str(model),
         worker_cls="guard.engine.worker.GuardWorker",
         scheduler_cls="guard.engine.scheduler.guard_scheduler",
         additional_config=GuardConfig.for_bundle(str(folder / "bundle"), bundle).entry(),
