@@ -7,10 +7,10 @@ ARGS   ?=
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help env serve test fuzz lint format bench bundle locate compat dashboards clean
+.PHONY: help env serve test fuzz lint format bench bundle detection locate patch-results compat dashboards clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 env:  ## make or complete the environment in .venv
 	@$(PYTHON) scripts/bootstrap.py
@@ -41,8 +41,14 @@ bench: env  ## measure what the guard costs beside plain vLLM
 bundle: env  ## fit and evaluate the lab model's bundle anew; NEURONGUARD_DATA names the data folder
 	$(PY) -m models.recipe.bundle $(ARGS)
 
+detection: env  ## measure the lab guard by the whole protocol; NEURONGUARD_DATA names the data folder
+	$(PY) -m models.recipe.detection $(ARGS)
+
 locate: env  ## run the four methods on the lab twins anew; NEURONGUARD_DATA names the data folder
 	$(PY) -m models.recipe.locate $(ARGS)
+
+patch-results: env  ## measure what patches do to the lab twins; NEURONGUARD_DATA names the data folder
+	$(PY) -m models.recipe.patching $(ARGS)
 
 compat: env  ## run the engine's tests on every version of vLLM; ARGS=0.30 for one, ARGS=--signatures for none
 	$(PY) scripts/compat.py $(ARGS)

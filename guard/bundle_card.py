@@ -167,9 +167,11 @@ def _limits(card: GuardCard) -> Iterator[str]:
         "A threshold's rate holds for benign prompts like those that it was set on. Other traffic has "
         "another rate: see `neuronguard evaluate` and `neuronguard drift`."
     )
-    tails = len(card.prompt_tails)
-    ending = "the recorded ending" if tails == 1 else f"one of the {tails} recorded endings"
-    yield f"Prompts that do not end in {ending} of the chat template were never fitted on."
+    if tails := len(card.prompt_tails):
+        ending = "the recorded ending" if tails == 1 else f"one of the {tails} recorded endings"
+        yield f"Prompts that do not end in {ending} of the chat template were never fitted on."
+    else:
+        yield "It records no endings of prompts, so that an engine takes prompts of any shape for its own."
     worst = card.metrics.get("evaluation", {}).get("mean_over_harmful_sources", {}).get("worst", {})
     if at := worst.get(f"{card.default_false_positive_rate:g}"):
         yield (

@@ -10,7 +10,7 @@ import json
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -172,8 +172,10 @@ class GuardCard(_Card):
     model: ModelCard
     label: Literal["unsafe_output", "harmful_prompt"]
     """Which question the probe answers: is *this model's answer* unsafe, or is the *request* harmful."""
-    prompt_tails: tuple[tuple[int, ...], ...] = Field(min_length=1)
-    """Token ids that end an accepted prompt (what the chat template adds after the last user turn)."""
+    prompt_tails: tuple[Annotated[tuple[int, ...], Field(min_length=1)], ...]
+    """Token ids that end an accepted prompt (what the chat template adds after the last user turn).
+
+    None at all: the probe takes prompts of any shape, and engines do not check how they end."""
     sites: tuple[Site, ...] = Field(min_length=1)
     probe: ProbeKind
     calibration: Calibration

@@ -38,9 +38,12 @@ STATUS_SEAL_HEADER = "x-guard-status-seal"
 
 Mode = Literal["enforce", "observe", "check"]
 RuleAction = Literal["pass", "tag", "patch", "escalate", "refuse"]
+ShapeAction = Literal["refuse", "pass"]
 Action = Literal["pass", "tag", "patch", "escalate", "refuse", "checked", "error"]
 # The order of severity: the binding verdict of siblings is the one that comes last here.
 SEVERITY: tuple[Action, ...] = ("pass", "tag", "patch", "checked", "escalate", "refuse", "error")
+
+UNSCORED_SHAPE = "unscored_shape"
 
 # What can be wrong with a directive or a verdict besides its seal (``guard.sealed.SEAL_ERRORS``).
 DIRECTIVE_ERRORS = (
@@ -97,6 +100,9 @@ class Decision(_Wire):
     policy: str = Field(min_length=1, max_length=64)
     mode: Mode = "enforce"
     rules: tuple[Rule, ...] = Field(max_length=8)
+    unscored_shape: ShapeAction = "refuse"
+    """What becomes of a prompt that does not end as the bundle's prompts do. ``pass``: the shape alone stops
+    nothing; the rules judge the score, for which the bundle's error rates do not hold."""
 
     def match(self, probability: float) -> Rule | None:
         """The first rule at or below ``probability``."""
@@ -107,14 +113,22 @@ class Decision(_Wire):
         rule = self.match(probability)
         return rule.action if rule else "pass"
 
-    def outcome(self, probability: float, patched: float | None) -> RuleAction:
+    def outcome(
+        self, probability: float, patched: float | None, *, unscored_shape: bool = False
+    ) -> RuleAction:
         """What is done in mode ``enforce``; ``patched`` is P(unsafe) of the patched run, if there was one."""
+        if self.refuses(unscored_shape):
+            return "refuse"
         rule = self.match(probability)
         if rule is None:
             return "pass"
         if rule.action == "patch" and patched is not None and rule.still_unsafe == "refuse":
             return "patch" if self.decide(patched) in ("pass", "tag") else "refuse"
         return rule.action
+
+    def refuses(self, unscored_shape: bool) -> bool:
+        """Whether a prompt is refused for its shape, whatever its score."""
+        return unscored_shape and self.unscored_shape == "refuse"
 
     @property
     def patches(self) -> set[str]:
@@ -204,12 +218,16 @@ class Verdict(_Wire):
     """Digest of the bundle that was read."""
     read: Literal["prompt_last", "nothing"]
     """Which positions the probe saw."""
+    unscored_shape: bool = False
+    """Whether the prompt ends in another way than those the probe was fitted on, so that its score does not
+    mean what the bundle says of scores; for siblings, whether any of their prompts does."""
     prompt_tokens: int = Field(ge=0)
     """Tokens of the prompt; for siblings, of all prompts of the HTTP request."""
     nonce: str | None = None
     """The directive's nonce; None for requests that came without one."""
     reason: str | None = None
-    """For ``error``: a word from a small fixed set that says why there is no score."""
+    """For ``error``: a word from a small fixed set that says why there is no score. ``UNSCORED_SHAPE`` for a
+    prompt that is refused for its shape."""
 
     def seal(self, keys: Keyring) -> str:
         """The sealed string that travels in the response header."""
@@ -229,11 +247,13 @@ class Verdict(_Wire):
         return verdict
 
     def worse_of(self, other: Verdict) -> Verdict:
-        """The binding one of two siblings: the more severe action, then the higher probability."""
+        """The binding one of two siblings: the more severe action, then decision, then probability."""
         return max(self, other, key=lambda verdict: verdict._rank())
 
-    def _rank(self) -> tuple[int, float]:
-        return SEVERITY.index(self.action), self.probability if self.probability is not None else 1.0
+    def _rank(self) -> tuple[int, int, float]:
+        decided = SEVERITY.index(self.decision or "error")
+        probability = self.probability if self.probability is not None else 1.0
+        return SEVERITY.index(self.action), decided, probability
 
 
 class Threshold(_Wire):
@@ -271,6 +291,8 @@ class EngineStatus(_Wire):
     thresholds: tuple[Threshold, ...]
     patches: tuple[str, ...] = ()
     """Names of the bundle's patches."""
+    checks_shape: bool = True
+    """Whether the bundle says how prompts end; without that, no shape is unscored."""
     default: Decision
     """What the engine applies to requests without a directive."""
     guard_version: str

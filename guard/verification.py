@@ -168,7 +168,7 @@ def _units(card: GuardCard) -> str:
 
 def _self_test(card: GuardCard) -> str:
     for number, prompt in enumerate(card.self_test.prompts):
-        if not any(prompt[-len(tail) :] == tail for tail in card.prompt_tails):
+        if card.prompt_tails and not any(prompt[-len(tail) :] == tail for tail in card.prompt_tails):
             raise _FailedError(f"prompt {number} does not end as prompts of this model do (prompt_tails)")
     for under, tolerance in (("", card.self_test.tolerance), *((a.name, a.tolerance) for a in card.adapters)):
         for dtype, width in tolerance.items():

@@ -22,7 +22,7 @@ import numpy as np
 
 from guard.bundle import Bundle, Site
 from guard.lab import resolve
-from loadtests import grid, random_model
+from loadtests import grid, patched, random_model
 from loadtests.batches import batches, with_threshold
 from loadtests.first_token import measure
 from loadtests.gateway.__main__ import run as measure_gateway
@@ -137,10 +137,10 @@ def table(results: dict[str, Any]) -> str:
 )
 @click.option(
     "--part",
-    type=click.Choice(["all", "pairs", "grid", "gateway"]),
+    type=click.Choice(["all", "pairs", "grid", "patches", "gateway"]),
     default="all",
     show_default=True,
-    help="two models in detail; models, units and batches of several sizes; or the gateway before a mock",
+    help="two models in detail; models, units and batches of several sizes; patches; a gateway and a mock",
 )
 @click.option(
     "--grid-seconds", default=20.0, show_default=True, help="CPU seconds for each figure of that grid"
@@ -168,14 +168,22 @@ def main(
         click.echo(measure_gateway(out=out))
         return
     with tempfile.TemporaryDirectory() as folder:
-        if part != "grid":
+        if part in ("all", "pairs"):
             results: dict[str, Any] = {"models": {}, "pairs": pairs, "machine": machine()}
             for name, (model, passing, refusing), vocabulary in subjects(Path(folder), lab, lab_bundle):
                 results["models"][name] = compare(model, passing, refusing, vocabulary, pairs, out)
                 (out / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
                 (out / "bench.md").write_text(table(results))
             click.echo(table(results))
-        if part != "pairs":
+        if part in ("all", "patches"):
+
+            def keep(costs: dict[str, Any]) -> None:
+                text = json.dumps({**costs, "machine": machine()}, indent=1)
+                (out / "patches.json").write_text(text + "\n")
+                (out / "patches.md").write_text(patched.table(costs))
+
+            click.echo(patched.table(patched.measure(Path(folder) / "patches", out, pairs // 2, keep)))
+        if part in ("all", "grid"):
             found: dict[str, Any] = {"models": {}, "seconds": grid_seconds, "machine": machine()}
             for name in grid_models or grid.MODELS:
                 found["models"][name] = grid.measure(name, Path(folder), out, grid_seconds)

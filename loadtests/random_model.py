@@ -96,11 +96,16 @@ class Reference:
 
 
 def make_bundle(
-    directory: Path, model: Path, sites: tuple[Site, ...], prompts: list[list[int]], seed: int = 0
+    directory: Path,
+    model: Path,
+    sites: tuple[Site, ...],
+    prompts: list[list[int]],
+    seed: int = 0,
+    tails: tuple[tuple[int, ...], ...] = (),
 ) -> Bundle:
     """Save a bundle with random weights whose threshold lies at the median of the prompts' scores.
 
-    The first six prompts are its self-test.
+    The first six prompts are its self-test. Without ``tails`` it takes prompts of any shape.
     """
     reference = Reference(model, sites)
     rng = np.random.default_rng(seed)
@@ -120,7 +125,7 @@ def make_bundle(
             tokenizer_sha256=tokenizer_digest(model),
         ),
         label="unsafe_output",
-        prompt_tails=((258,),),
+        prompt_tails=tails,
         sites=sites,
         probe="linear",
         calibration=calibration,

@@ -63,6 +63,7 @@ VERDICT = record(
     unsafe=BOOLEAN,
     bundle=STRING,
     read=STRING,
+    unscored_shape=BOOLEAN,
     prompt_tokens=INTEGER,
 )
 CHECK = record(

@@ -63,6 +63,8 @@ class AuditRecord:
     """P(unsafe); only when the settings allow it."""
     bundle: str | None = None
     """Digest of the bundle that judged."""
+    unscored_shape: bool | None = None
+    """Whether the prompt ended otherwise than those the probe was fitted on."""
     prompt_hmac: str | None = None
     """HMAC-SHA-256 of the prompt; only when the settings name a key for it."""
     status: int | None = None

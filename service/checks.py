@@ -92,7 +92,7 @@ async def _check(call: Call, messages: Messages) -> Finding:
     body = {"model": call.model, "messages": messages}
     forward = Forward(
         path="/v1/chat/completions",
-        body=dump(body | {"max_tokens": 1}),
+        body=dump(body | {"max_tokens": 1} | call.cache_salt),
         siblings=1,
         stream=False,
         order=_checking,

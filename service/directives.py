@@ -44,18 +44,20 @@ class Order:
             return verdict
         if verdict.probability is None or verdict.read == "nothing":
             raise VerdictError("not_scored")
-        if verdict.action not in self._possible(verdict.probability, verdict.patched_probability):
+        if verdict.action not in self._possible(verdict, verdict.probability):
             raise VerdictError("inconsistent")
-        rule = self.decision.match(verdict.probability)
+        refused = self.decision.refuses(verdict.unscored_shape)
+        rule = None if refused else self.decision.match(verdict.probability)
         if verdict.patch != (rule.patch if rule else None):
             raise VerdictError("inconsistent")
         return verdict
 
-    def _possible(self, probability: float, patched: float | None) -> tuple[str, ...]:
+    def _possible(self, verdict: Verdict, probability: float) -> tuple[str, ...]:
         if self.decision.mode == "check":
             return ("checked",)
         if self.decision.mode == "observe":
             return ("pass",)
-        outcome = self.decision.outcome(probability, patched)
+        patched = verdict.patched_probability
+        outcome = self.decision.outcome(probability, patched, unscored_shape=verdict.unscored_shape)
         # Words cannot be put before an answer that must follow a grammar: it is refused.
         return ("patch", "refuse") if outcome == "patch" and patched is None else (outcome,)

@@ -176,6 +176,10 @@ class EngineWatch:
         logger.info(
             "engine ready: model %s, bundle %s, audience %s", status.model, status.bundle, status.audience
         )
+        if not status.checks_shape:
+            logger.warning(
+                "the bundle %s does not say how prompts end: unscored_shape has no effect", status.bundle
+            )
 
     def _not_accepted(self, status: EngineStatus, policies: Policies) -> str | None:
         if not policies.accepts(status.bundle):

@@ -273,9 +273,13 @@ def _count(call: Call, forward: Forward, judged: Judged | None) -> None:
     if judged is None or verdict is None:
         return
     record.bundle = verdict.bundle
+    record.unscored_shape = verdict.unscored_shape or bool(record.unscored_shape)
+    if verdict.unscored_shape:
+        metrics.unscored_shapes.labels(call.bound.name, model, action).inc()
     record.prompt_tokens = (record.prompt_tokens or 0) + verdict.prompt_tokens
     if verdict.probability is not None:
-        metrics.scored(model, judged.call.lane.engine.status, verdict.bundle, verdict.probability)
+        if not verdict.unscored_shape:  # or scores that mean something else would look like drift
+            metrics.scored(model, judged.call.lane.engine.status, verdict.bundle, verdict.probability)
         if call.gateway.settings.audit_scores:
             record.probability = max(verdict.probability, record.probability or 0.0)
     if forward.stream or action != "pass":
@@ -324,7 +328,7 @@ async def _upstream_error(call: Call, answer: EngineAnswer) -> ApiError:
         )
     if answer.status in (400, 413, 422):
         if _TOO_LONG.search(message):
-            return bad_request(message, code="context_length_exceeded", param=_prompt_field(call))
+            return bad_request(message, code="context_length_exceeded", param=prompt_field(call))
         return bad_request(message or "The model's server refused the request.", param=param)
     if answer.status == 404 and "does not exist" in message:
         call.lane.watch.look_again()
@@ -358,5 +362,6 @@ def _parse_error(body: bytes) -> tuple[str, str, str | None]:
         return "", "", None
 
 
-def _prompt_field(call: Call) -> str:
+def prompt_field(call: Call) -> str:
+    """The field of the body that holds the prompt."""
     return next((name for name in ("messages", "prompt", "input") if name in call.arrival.body), "messages")

@@ -7,6 +7,7 @@ silence, so that a misspelt one would look as if it had worked.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -155,13 +156,14 @@ class Generation(Strict):
         """Whether the stream ends with a usage frame."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def forwarded(self) -> bytes:
+    def forwarded(self, added: Mapping[str, str] | None = None) -> bytes:
         """The body that goes to the engine: what the client set, of the fields that are forwarded.
 
         A null is left out: to OpenAI's clients it means "not set", which vLLM does not accept everywhere.
+        ``added`` are the gateway's own fields.
         """
         body = self.model_dump(by_alias=True, exclude_unset=True)
-        return dump({name: value for name, value in body.items() if value is not None})
+        return dump({name: value for name, value in body.items() if value is not None} | dict(added or {}))
 
 
 def validate(model: type[Body], value: dict[str, Any]) -> Body:

@@ -108,6 +108,17 @@ class Call:
         """What all requests share."""
         return self.arrival.gateway
 
+    @property
+    def cache_salt(self) -> dict[str, str]:
+        """A field for the forwarded body: prompts share blocks of vLLM's prefix cache under equal salts only.
+
+        Keyed, so that nobody who reaches vLLM itself can guess it; clients may not send this field.
+        """
+        if self.bound.policy.prefix_cache == "shared":
+            return {}
+        tenant = self.arrival.key.tenant if self.arrival.key is not None else ""
+        return {"cache_salt": self.gateway.keys.name("cache-salt", tenant.encode())}
+
     def shown(self, verdict: Verdict | None) -> float | None:
         """P(unsafe) if the client may see it: a score is an oracle for attackers."""
         return verdict.probability if verdict is not None and self.bound.policy.expose_score else None

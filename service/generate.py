@@ -11,12 +11,13 @@ from typing import Any, Literal
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from guard.verdict import UNSCORED_SHAPE
 from service import drill
 from service.backend import BackendError, TooSlowError
 from service.chat_body import ChatBody
 from service.completion_body import CompletionBody
-from service.errors import bad_request, bad_upstream
-from service.exchange import Forward, Judged, as_it_is, exchange
+from service.errors import ApiError, bad_request, bad_upstream
+from service.exchange import Forward, Judged, as_it_is, exchange, prompt_field
 from service.gateway import Arrival, Call, unless_gone
 from service.judge import turns_of
 from service.moderation import blocking, report
@@ -51,7 +52,7 @@ async def generate(
         return _rehearsed(call, body, route)
     forward = Forward(
         path="/v1/chat/completions" if route == "chat" else "/v1/completions",
-        body=body.forwarded(),
+        body=body.forwarded(call.cache_salt),
         siblings=body.siblings,
         stream=body.streamed,
         order=blocking if narrowed else as_it_is,
@@ -63,6 +64,8 @@ async def generate(
     ready = judged.judged
     try:
         if judged.action == "refuse":
+            if judged.verdict is not None and judged.verdict.reason == UNSCORED_SHAPE:
+                raise _other_shape(call, judged)
             # Whatever the engine put into the body: it is not read, and the connection is closed at once.
             await judged.answer.close()
             tokens = judged.verdict.prompt_tokens if judged.verdict else 0
@@ -96,6 +99,20 @@ def guard_headers(call: Call, judged: Judged) -> dict[str, str]:
     if score is not None:
         headers["x-guard-score"] = f"{score:.6f}"
     return headers
+
+
+def _other_shape(call: Call, judged: Judged) -> ApiError:
+    """Not a refusal in the policy's style: the form of the request is wrong, which its client can mend."""
+    call.record.completion_tokens = 0
+    return ApiError(
+        400,
+        "The prompt does not end as this model's chat template ends prompts, so it cannot be judged. "
+        "Use POST /v1/chat/completions, or end the prompt with the template's header of the answer.",
+        code="unscored_prompt_shape",
+        stage="request",
+        param=prompt_field(call),
+        headers=guard_headers(call, judged),
+    )
 
 
 def _rehearsed(call: Call, body: ChatBody | CompletionBody, route: Literal["chat", "text"]) -> Response:

@@ -57,7 +57,7 @@ class Metrics:
             registry=registry,
         )
         self.score = Histogram(
-            "guard_score", "P(unsafe) of scored requests.", ("model",), buckets=_SCORES, registry=registry
+            "guard_score", "P(unsafe) of scored prompts.", ("model",), buckets=_SCORES, registry=registry
         )
         self.score_bins = Counter(
             "guard_score_bin",
@@ -103,6 +103,12 @@ class Metrics:
             "Answers of the engine without a valid verdict. Not shown to clients, unless the policy says "
             "on_missing_verdict: open.",
             ("reason",),
+            registry=registry,
+        )
+        self.unscored_shapes = Counter(
+            "guard_unscored_shape_total",
+            "Verdicts on prompts that end otherwise than those the probe was fitted on, by what was done.",
+            ("policy", "model", "action"),
             registry=registry,
         )
         self.errors = Counter(
@@ -254,6 +260,8 @@ class Metrics:
         self.test_refusals.labels(bound.name)
         for rule in reversed(decision.rules):  # the first rule of an action is the one that shows
             self.policy_threshold.labels(bound.name, status.model, rule.action).set(rule.above)
+        refuses = decision.unscored_shape == "refuse" and decision.mode == "enforce"
+        self.unscored_shapes.labels(bound.name, status.model, "refuse" if refuses else "pass")
         said: list[RuleAction] = ["pass", "tag", "refuse"]
         there = {rule.action for rule in decision.rules}
         said += [action for action in ("patch", "escalate") if action in there]

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from guard.verdict import Decision, EngineStatus, Rule
+from guard.verdict import Decision, EngineStatus, Rule, ShapeAction
 from service.errors import ConfigError
 
 DEFAULT_TEXT = "I can't help with that."
@@ -91,7 +91,13 @@ class Policy(FileModel):
     mode: Literal["enforce", "observe"] = "enforce"
     rules: Annotated[list[PolicyRule], Field(min_length=1, max_length=8)] | None = None
     """None: the rules of the engine's default decision."""
+    unscored_shape: ShapeAction = "refuse"
+    """What becomes of prompts that do not end as the chat template ends them: refused, or judged by the rules
+    all the same, although the bundle's error rates do not hold for them."""
     on_missing_verdict: Literal["closed", "open"] = "closed"
+    prefix_cache: Literal["shared", "tenant"] = "shared"
+    """Who may find what a prompt has left in the engine's prefix cache, and see it by the time they wait:
+    everybody, or requests of the same tenant under policies that say ``tenant``."""
     refusal: Refusal = Refusal()
     expose_score: bool = False
 
@@ -114,7 +120,7 @@ class Policy(FileModel):
         Raises MisplacedError when the bundle has no such threshold or patch, or a rule can never match.
         """
         if self.rules is None:
-            return Decision(policy=name, mode=self.mode, rules=status.default.rules)
+            return self._decision(name, status.default.rules)
         rules = tuple(
             Rule(
                 above=_probability(index, rule.above, status),
@@ -130,7 +136,10 @@ class Policy(FileModel):
                     raise MisplacedError(
                         f"with the bundle in force, {_dead(later, earlier)}", "rules", later, "above"
                     )
-        return Decision(policy=name, mode=self.mode, rules=rules)
+        return self._decision(name, rules)
+
+    def _decision(self, name: str, rules: tuple[Rule, ...]) -> Decision:
+        return Decision(policy=name, mode=self.mode, rules=rules, unscored_shape=self.unscored_shape)
 
 
 @dataclass(frozen=True)

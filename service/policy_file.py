@@ -7,6 +7,8 @@ policies:
       - {above: {fpr: 0.001}, action: refuse}
       - {above: {fpr: 0.01}, action: escalate}       # the band between the two goes to the judge
       - {above: 0.2, action: tag}
+    unscored_shape: refuse       # pass judges prompts that do not end as the chat template ends them, too
+    prefix_cache: shared         # tenant keeps the engine's prefix cache apart for each tenant
     on_missing_verdict: closed   # open answers without a verdict and counts every such answer
     refusal: {style: message, text: "I can't help with that."}
     expose_score: false

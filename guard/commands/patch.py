@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from guard.units import Units
 
 MEAN_KEY = "mean.donor"
+DIRECTION_KEY = "direction"
 
 
 @click.command()
@@ -38,6 +39,15 @@ MEAN_KEY = "mean.donor"
 @click.option("--stored", is_flag=True, help="Keep the vector's factors in place of running a donor.")
 @click.option("--donor", help="Take the units from this checkpoint, which the engine loads beside the model.")
 @click.option("--prefix", help="Have the answer begin with these words.")
+@click.option(
+    "--direction",
+    type=options.PATH,
+    help=f"Steer: add the vector {DIRECTION_KEY!r} of this file, at --strength, to the residual stream.",
+)
+@click.option(
+    "--layer", "layers", type=click.IntRange(min=0), multiple=True, help="Where to steer; repeatable."
+)
+@click.option("--strength", type=float, help="Length of what --direction adds; below zero it is taken away.")
 @click.option("--out", required=True, type=options.PATH, help="Directory of the new bundle.")
 def patch(
     directory: Path,
@@ -51,25 +61,30 @@ def patch(
     stored: bool,
     donor: str | None,
     prefix: str | None,
+    direction: Path | None,
+    layers: tuple[int, ...],
+    strength: float | None,
     out: Path,
 ) -> None:
     """Write a bundle that also has a patch, which a policy can have done to a flagged request.
 
-    One of --zero, --scale, --mean, --vector, --donor and --prefix says what the patch does.
+    One of --zero, --scale, --mean, --vector, --donor, --prefix and --direction says what the patch does.
     """
     from guard.bundle import CARD_FILE, Bundle, BundleError
     from guard.patch import PatchError
     from guard.units import read_units
 
     asked = {"--zero": zero or None, "--scale": scale, "--mean": mean, "--vector": vector, "--donor": donor,
-             "--prefix": prefix}  # fmt: skip
+             "--prefix": prefix, "--direction": direction}  # fmt: skip
     given = [option for option, value in asked.items() if value is not None]
     if len(given) != 1:
         raise click.UsageError(
             f"give one of {', '.join(asked)}; there are {len(given)}: {', '.join(given) or 'none'}"
         )
-    if (units is None) != (prefix is not None):
-        raise click.UsageError("--units goes with everything but --prefix")
+    if (units is None) != (prefix is not None or direction is not None):
+        raise click.UsageError("--units goes with everything but --prefix and --direction")
+    if len({direction is None, strength is None, not layers}) > 1:
+        raise click.UsageError("--direction, --layer and --strength go together")
     if stored and vector is None:
         raise click.UsageError("--stored goes with --vector")
     if out.exists() and not (out / CARD_FILE).is_file():
@@ -80,6 +95,8 @@ def patch(
     try:
         if prefix is not None:
             made = _words(checkpoint, name, prefix)
+        elif direction is not None:
+            made = _steering(checkpoint, name, direction, layers, float(strength or 0.0))
         else:
             made = _numbers(checkpoint, name, chosen, zero, scale, mean, vector, stored, donor)
         whole = loaded.with_patch(made)
@@ -98,6 +115,26 @@ def _words(checkpoint: Checkpoint, name: str, words: str) -> Patch:
     return patches.prefix(name, words, tokens, made={"method": "prefix"})
 
 
+def _steering(
+    checkpoint: Checkpoint, name: str, path: Path, layers: tuple[int, ...], strength: float
+) -> Patch:
+    from transformers import AutoConfig
+
+    from guard import patch as patches
+
+    direction = _read(path, DIRECTION_KEY, dimensions=1)
+    hidden = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True).hidden_size
+    if len(direction) != hidden:
+        raise patches.PatchError(
+            f"{path}: {DIRECTION_KEY!r} has {len(direction)} columns, but the residual stream of "
+            f"{checkpoint.name} has {hidden}"
+        )
+    at = sorted(set(layers))
+    return patches.steering(
+        name, direction, at, checkpoint.shape, strength=strength, made={"method": "steering"}
+    )
+
+
 def _numbers(
     checkpoint: Checkpoint,
     name: str,
@@ -110,6 +147,7 @@ def _numbers(
     donor: str | None,
 ) -> Patch:
     from guard import patch as patches
+    from guard.adapters import CONFIG_FILE
     from guard.patch_card import DonorCard, PatchSite
 
     shape = checkpoint.shape
@@ -126,6 +164,11 @@ def _numbers(
             columns = _by_column(factors, sites)
             return patches.stored(name, sites, shape, scale=columns, made={"method": "ia3"})
         return patches.from_vector(name, sites, factors, shape, made={"method": "donor under a vector"})
+    if (Path(str(donor)) / CONFIG_FILE).is_file():
+        raise patches.PatchError(
+            f"{donor} is a LoRA adapter, and a donor is a whole checkpoint: merge the adapter into its base "
+            "model, save that, and give its directory"
+        )
     other = options.open_model(str(donor))
     if other.shape != shape or other.tokenizer_sha256 != checkpoint.tokenizer_sha256:
         what = "shape" if other.shape != shape else "tokenizer or chat template"
@@ -151,28 +194,40 @@ def _by_column(table: Float32Array, sites: list[PatchSite]) -> Float32Array:
     return np.concatenate([table[site.layer, list(site.units)] for site in sites]).astype(np.float32)
 
 
-def _read(path: Path, key: str) -> Float32Array:
+def _read(path: Path, key: str, *, dimensions: int = 2) -> Float32Array:
     import numpy as np
+
+    from guard.patch import PatchError
+
+    arrays = _arrays(path)
+    if key not in arrays or arrays[key].ndim != dimensions:
+        what = "table" if dimensions == 2 else "vector"
+        raise PatchError(f"{path} has no {what} {key!r}; it has: {', '.join(sorted(arrays)) or 'nothing'}")
+    return np.asarray(arrays[key], dtype=np.float32)
+
+
+def _arrays(path: Path) -> dict[str, Any]:
+    """What a safetensors file holds. Raises PatchError."""
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     from guard.patch import PatchError
 
-    arrays = load_file(path)
-    if key not in arrays or arrays[key].ndim != 2:
-        raise PatchError(f"{path} has no table {key!r}; it has: {', '.join(sorted(arrays)) or 'nothing'}")
-    return np.asarray(arrays[key], dtype=np.float32)
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise PatchError(f"{path} is not a readable safetensors file: {error}") from error
 
 
 def _vector(path: Path, checkpoint: Checkpoint) -> Float32Array:
     """An (IA)³ vector as one table ``[layers, mlp_width]``, 1 where the file names no layer."""
     import numpy as np
-    from safetensors.numpy import load_file
 
     from guard.ia3 import VECTOR_NAME
     from guard.patch import PatchError
 
     shape = checkpoint.shape
-    arrays, table = load_file(path), np.ones((shape.layers, shape.mlp_width), dtype=np.float32)
+    arrays, table = _arrays(path), np.ones((shape.layers, shape.mlp_width), dtype=np.float32)
     names = {VECTOR_NAME.format(layer=layer): layer for layer in range(shape.layers)}
     if unknown := arrays.keys() - names.keys():
         raise PatchError(f"{path}: {min(unknown)} is no vector of a layer of {checkpoint.name}")

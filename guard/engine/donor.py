@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from guard.adapters import CONFIG_FILE
 from guard.bundle import Bundle
 from guard.digest import weights_digest
 from guard.engine.errors import GuardStartupError
@@ -143,6 +144,26 @@ class Donor:
         ours.register_forward_pre_hook(take)
 
 
+def refuse_donor(bundle: Bundle, vllm_config: Any, *, replayed: bool) -> None:
+    """Raise GuardStartupError where a bundle has patches from a donor and this engine cannot run one.
+
+    ``replayed`` as for ``guard.engine.taps.Taps``.
+    """
+    if not dynamic_patches(bundle):
+        return
+    if replayed:
+        raise GuardStartupError(
+            "patches from a donor run in eager mode only; start with --enforce-eager, or take the dynamic "
+            "patches out of the bundle"
+        )
+    if vllm_config.lora_config is not None:
+        # The copy of an adapter's layer would never be told which adapter a row is under.
+        raise GuardStartupError(
+            "patches from a donor do not work beside LoRA adapters; start without --enable-lora, or take the "
+            "dynamic patches out of the bundle"
+        )
+
+
 def dynamic_patches(bundle: Bundle) -> dict[int, Patch]:
     """The bundle's dynamic patches by their numbers."""
     cards = enumerate(bundle.card.patches, start=1)
@@ -178,6 +199,11 @@ def load_donor(vllm_config: Any, checkpoint: str | None, weights_sha256: str) ->
     if checkpoint is None:
         raise GuardStartupError(
             "the bundle has a patch from a donor; name its directory with --guard-donor DIR"
+        )
+    if (Path(checkpoint) / CONFIG_FILE).is_file():
+        raise GuardStartupError(
+            f"{checkpoint} is a LoRA adapter, and a donor is a whole checkpoint: merge the adapter into its "
+            "base model first"
         )
     if not Path(checkpoint).is_dir() or (found := weights_digest(checkpoint)) != weights_sha256:
         seen = "there is no such directory" if not Path(checkpoint).is_dir() else f"its digest is {found}"

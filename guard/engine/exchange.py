@@ -57,7 +57,11 @@ class Exchange:
 
     def _bind(self, verdict: Verdict) -> None:
         if self.binding is None:
-            self.binding = verdict.model_copy(update={"prompt_tokens": sum(self._prompts.values())})
+            whole = {
+                "prompt_tokens": sum(self._prompts.values()),
+                "unscored_shape": any(judged.unscored_shape for judged in self._verdicts.values()),
+            }
+            self.binding = verdict.model_copy(update=whole)
             self.decided.set()
 
 

@@ -8,6 +8,8 @@ engine client's output processor (vllm/v1/engine/output_processor.py), both of w
 - ``process_outputs``, called for every batch of engine outputs before any answer is built from it: it takes
   the verdicts out.
 
+Routes that are not listed in ``guard.engine.routes`` are closed.
+
 A directed request's answer is held until its verdict is bound. One that must not be answered gets its verdict
 and an empty body from here, and vLLM's own handler is cancelled, which aborts whatever is still running.
 """
@@ -35,8 +37,9 @@ from guard.engine.answer import (
 from guard.engine.config import CONFIG_KEY, EXTRA_ARG, GuardConfig, audience_from_env, keyring_from_env
 from guard.engine.exchange import CURRENT, Admission, Exchange
 from guard.engine.ledger import STOPPING
-from guard.engine.metrics import DIRECTIVE_ERRORS, MISSING_VERDICTS, VERDICTS
+from guard.engine.metrics import CLOSED_ROUTES, DIRECTIVE_ERRORS, MISSING_VERDICTS, UNSCORED_SHAPES, VERDICTS
 from guard.engine.readiness import Readiness
+from guard.engine.routes import JUDGED, is_open
 from guard.verdict import (
     DIRECTIVE_HEADER,
     STATUS_PATH,
@@ -110,6 +113,8 @@ class Exchanges:
         verdict = Verdict.model_validate_json(text)
         if exchange.record(request_id, verdict) and exchange.source != "self-test":
             VERDICTS.labels(verdict.action, verdict.mode, exchange.source).inc()
+            if verdict.unscored_shape:
+                UNSCORED_SHAPES.labels(verdict.action, exchange.source).inc()
 
 
 class GuardMiddleware:
@@ -130,11 +135,17 @@ class GuardMiddleware:
         if scope["type"] == "lifespan":
             self._start(scope["app"].state)
             await self._app(scope, receive, send)
-        elif scope["type"] != "http":
-            # A websocket carries no directive: the engine's default policy applies.
-            await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            # Realtime sessions stream their input, of which no single prompt could be judged.
+            CLOSED_ROUTES.inc()
+            await receive()
+            await send({"type": "websocket.close", "code": 1008, "reason": "the guard serves no websockets"})
         elif scope["path"] == STATUS_PATH:
             await self._answer_status(send)
+        elif not is_open(scope):
+            CLOSED_ROUTES.inc()
+            message = f"this route is closed: the guard answers {', '.join(JUDGED)} only"
+            await answer_json(send, 403, error_body(message, "guard_route_closed"))
         else:
             await self._http(scope, receive, send)
 

@@ -70,6 +70,12 @@ def guard_arguments() -> argparse.ArgumentParser:
         default="enforce",
         help="what happens to requests that carry no directive",
     )
+    group.add_argument(
+        "--guard-unscored-shape",
+        choices=("refuse", "pass"),
+        default="refuse",
+        help="what becomes of their prompts that do not end as the chat template ends them",
+    )
     group.add_argument("--guard-fpr", type=float, help="operating point for them, by false-positive rate")
     group.add_argument(
         "--require-signed-by",
@@ -91,7 +97,10 @@ def guard_config(
     except ValueError as error:
         raise GuardStartupError(f"--guard-fpr: {error}") from error
     default = Decision(
-        policy="engine-default", mode=options.guard_mode, rules=(Rule(above=above, action="refuse"),)
+        policy="engine-default",
+        mode=options.guard_mode,
+        rules=(Rule(above=above, action="refuse"),),
+        unscored_shape=options.guard_unscored_shape,
     )
     config = GuardConfig.for_bundle(
         options.bundle,

@@ -15,8 +15,18 @@ from dataclasses import dataclass
 
 from guard.bundle import AdapterCard, GuardCard
 from guard.engine.selftest import Expected, Key, SelfTestRun
+from guard.prompts import ends_with_tail
 from guard.sealed import Keyring
-from guard.verdict import Action, Decision, Directive, DirectiveError, Rule, RuleAction, Verdict
+from guard.verdict import (
+    UNSCORED_SHAPE,
+    Action,
+    Decision,
+    Directive,
+    DirectiveError,
+    Rule,
+    RuleAction,
+    Verdict,
+)
 
 STOPPING: frozenset[Action] = frozenset({"refuse", "escalate", "checked", "error"})
 """Actions after which a request shows no token."""
@@ -38,6 +48,8 @@ class Entry:
     nonce: str | None = None
     denied: str | None = None
     """Why this request may not be answered whatever its score, as a word for ``Verdict.reason``."""
+    unscored_shape: bool = False
+    """Whether the prompt ends as none of the bundle's prompts does."""
     fixed_form: bool = False
     """Whether the answer must follow a grammar, so that no words can be put before it."""
     self_test: Key | None = None
@@ -78,6 +90,8 @@ class Ledger:
         self.self_test = SelfTestRun(
             card.self_test, dtype, {name: _expected(listed[name]) for name in adapters}
         )
+        self._tails = card.prompt_tails
+        self._end = max(map(len, self._tails), default=0) + 1
         self._patches = {patch.name: (slot, patch) for slot, patch in enumerate(card.patches, start=1)}
         self.unjudged: set[str] = set()
         self.slots: dict[str, int] = {}
@@ -101,6 +115,8 @@ class Ledger:
         ``adapter`` is the name of the LoRA adapter that it runs under.
         """
         entry = Entry(self._default, prompt_tokens, denied=denied, fixed_form=fixed_form)
+        if prompt is not None and self._tails:
+            entry.unscored_shape = not ends_with_tail(tuple(prompt[-self._end :]), self._tails)
         if directive is not None:
             self._apply(entry, directive)
         if not self.self_test.passed and entry.denied is None:
@@ -163,8 +179,9 @@ class Ledger:
 
     def _scored(self, entry: Entry, logit: float) -> Verdict | Rerun:
         probability = self._card.calibration.probability(logit)
-        rule = entry.decision.match(probability)
-        decision: RuleAction = rule.action if rule else "pass"
+        refused = entry.decision.refuses(entry.unscored_shape)
+        rule = None if refused else entry.decision.match(probability)
+        decision: RuleAction = "refuse" if refused else rule.action if rule else "pass"
         patch = rule.patch if rule else None
         action: Action = decision
         if entry.decision.mode == "check":
@@ -177,7 +194,8 @@ class Ledger:
                 return Rerun(patch)
             if entry.fixed_form:
                 action = "refuse"
-        return self._verdict(entry, action, decision, logit, probability, patch)
+        reason = UNSCORED_SHAPE if refused and action == "refuse" else None
+        return self._verdict(entry, action, decision, logit, probability, patch, reason=reason)
 
     def _patched(self, entry: Entry, rule: Rule, logit: float) -> Verdict:
         """Of a run whose prompt was patched; the score that led to the patch stays the verdict's."""
@@ -195,6 +213,7 @@ class Ledger:
         probability: float,
         patch: str | None,
         patched_probability: float | None = None,
+        reason: str | None = None,
     ) -> Verdict:
         return Verdict(
             action=action,
@@ -209,8 +228,10 @@ class Ledger:
             policy=entry.decision.policy,
             bundle=self._bundle,
             read="prompt_last",
+            unscored_shape=entry.unscored_shape,
             prompt_tokens=entry.prompt_tokens,
             nonce=entry.nonce,
+            reason=reason,
         )
 
     def _error(self, entry: Entry, reason: str, logit: float | None = None) -> Verdict:
@@ -225,6 +246,7 @@ class Ledger:
             policy=entry.decision.policy,
             bundle=self._bundle,
             read="nothing" if logit is None else "prompt_last",
+            unscored_shape=entry.unscored_shape,
             prompt_tokens=entry.prompt_tokens,
             nonce=entry.nonce,
             reason=reason,

@@ -17,11 +17,19 @@ VERDICTS = Counter(
     "Verdicts given by the engine, by the action taken, the policy's mode and where the request came from.",
     ("action", "mode", "source"),
 )
+UNSCORED_SHAPES = Counter(
+    "guard_engine_unscored_shapes",
+    "Verdicts on prompts that end otherwise than those the probe was fitted on.",
+    ("action", "source"),
+)
 DIRECTIVE_ERRORS = Counter(
     "guard_engine_directive_errors", "Requests refused because their directive was not valid.", ("reason",)
 )
 MISSING_VERDICTS = Counter(
     "guard_engine_missing_verdicts", "Directed requests that were not answered because no verdict was bound."
+)
+CLOSED_ROUTES = Counter(
+    "guard_engine_closed_routes", "Requests for routes of vLLM that a guarded engine does not answer."
 )
 READY = Gauge("guard_engine_ready", "1 from the moment that the start-up self-test has passed.")
 INFO = Gauge(
@@ -38,6 +46,8 @@ for _action, _mode, _source in product(_ACTIONS, _MODES, ("gateway", "direct")):
     if _mode == "enforce" or _action == "pass":
         VERDICTS.labels(_action, _mode, _source)
 for _source in ("gateway", "direct"):
+    UNSCORED_SHAPES.labels("refuse", _source)
+    UNSCORED_SHAPES.labels("pass", _source)
     VERDICTS.labels("error", "enforce", _source)
 for _reason in (*SEAL_ERRORS, *REASONS):
     DIRECTIVE_ERRORS.labels(_reason)

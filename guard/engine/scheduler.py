@@ -11,6 +11,7 @@ out again (``guard.engine.frontend``). Cost for a step without a final prompt to
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -38,9 +39,10 @@ from guard.engine.errors import GuardStartupError
 from guard.engine.ledger import STOPPING, Ledger, Rerun
 from guard.engine.outputs import IDLE_ATTRIBUTE, LOGITS_ATTRIBUTE, PREFIX_ATTRIBUTE, SLOTS_ATTRIBUTE
 from guard.engine.support import refuse_too_few_slots, refuse_unsupported
-from guard.verdict import Verdict
+from guard.verdict import UNSCORED_SHAPE, Verdict
 
 REFUSED_STOP_REASON = "guard:refused"
+SHAPE_STOP_REASON = f"guard:{UNSCORED_SHAPE}"
 """``stop_reason`` for clients that talk to vLLM directly. Informative only: clients can forge it."""
 
 
@@ -68,7 +70,8 @@ class GuardMixin(_Scheduler):
             )
         refuse_too_few_slots(self.vllm_config, len(config.adapters))
         self._adapters = config.adapters
-        self._digest = bundle.digest
+        # Who could name the salt of a patched run would find its blocks, or leave others in their place.
+        self._salt = secrets.token_hex(16)
         self._untold: dict[str, list[int]] = {}
         self.ledger = Ledger(
             bundle.card,
@@ -165,7 +168,7 @@ class GuardMixin(_Scheduler):
         flight for it is dropped when it comes back.
         """
         if salt is not None:
-            request.cache_salt = f"{request.cache_salt or ''}|neuronguard:{self._digest}:{salt}"
+            request.cache_salt = f"{request.cache_salt or ''}|neuronguard:{self._salt}:{salt}"
             request.block_hashes.clear()
             request.update_block_hashes()
         # Or a request that the step in flight still holds would come back without its tokens.
@@ -218,7 +221,9 @@ class GuardMixin(_Scheduler):
         if stats is not None:
             stats.finalize(self.kv_cache_manager.estimate_cached_tokens(request))
         if not error:
-            request.stop_reason = REFUSED_STOP_REASON
+            request.stop_reason = (
+                SHAPE_STOP_REASON if verdict.reason == UNSCORED_SHAPE else REFUSED_STOP_REASON
+            )
         self.ledger.close(request.request_id)  # the output is made here, not by _free_request
         self.finish_requests(
             request.request_id, RequestStatus.FINISHED_ERROR if error else RequestStatus.FINISHED_STOPPED

@@ -17,8 +17,7 @@ from vllm.platforms import current_platform
 
 from guard.engine.buffers import PendingScores
 from guard.engine.config import GuardConfig
-from guard.engine.donor import Donor, dynamic_patches
-from guard.engine.errors import GuardStartupError
+from guard.engine.donor import Donor, dynamic_patches, refuse_donor
 from guard.engine.outputs import IDLE_ATTRIBUTE, PREFIX_ATTRIBUTE, SLOTS_ATTRIBUTE, attach
 from guard.engine.patches import Patches
 from guard.engine.quantisation import refuse_fused
@@ -49,6 +48,7 @@ class GuardWorker(PlatformWorker):
         refuse_unsupported(self.vllm_config)
         config = GuardConfig.of(self.vllm_config)
         bundle = config.load_bundle()
+        refuse_donor(bundle, self.vllm_config, replayed=is_replayed(self.vllm_config))
         super().load_model(load_dummy_weights=load_dummy_weights)
         model, group = self.model_runner.get_model(), get_tp_group()
         refuse_fused(model, site_layers(bundle.card, model))
@@ -60,11 +60,6 @@ class GuardWorker(PlatformWorker):
         }
         donor = None
         if dynamic_patches(bundle):
-            if common["replayed"]:
-                raise GuardStartupError(
-                    "patches from a donor run in eager mode only; start with --enforce-eager, or take the "
-                    "dynamic patches out of the bundle"
-                )
             with set_current_vllm_config(self.vllm_config):
                 donor = Donor(bundle, model, self.vllm_config, config.donor)
         self.taps = Taps(

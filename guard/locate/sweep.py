@@ -54,12 +54,12 @@ def sweep(
         ids, mask, _ = pad([prompt + answer for prompt, answer in part])
         held: dict[Place, Tensor] = {}
         with donor.scaled(), _reading(donor, everything, held):
-            _logits(donor.model, ids, mask, 1)
+            last_logits(donor.model, ids, mask, 1)
         keep = ids.shape[1] - min(len(prompt) for prompt, _ in part) + 1
         for number, units in enumerate(sets):
             with recipient.scaled(), _writing(recipient, units, held, shape):
-                logits = _logits(recipient.model, ids, mask, keep)
-            result[number, group] = _answer_log_probs(logits, part, ids)
+                logits = last_logits(recipient.model, ids, mask, keep)
+            result[number, group] = answer_log_probs(logits, part, ids).tolist()
     return result
 
 
@@ -72,7 +72,7 @@ def log_probabilities(twin: Twin, texts: Sequence[Text], *, batch_tokens: int = 
         ids, mask, _ = pad([prompt + answer for prompt, answer in part])
         keep = ids.shape[1] - min(len(prompt) for prompt, _ in part) + 1
         with twin.scaled():
-            result[group] = _answer_log_probs(_logits(twin.model, ids, mask, keep), part, ids)
+            result[group] = answer_log_probs(last_logits(twin.model, ids, mask, keep), part, ids).tolist()
     return result
 
 
@@ -99,7 +99,7 @@ def _writing(recipient: Twin, units: Units, held: dict[Place, Tensor], shape: Mo
         yield
 
 
-def _logits(model: Any, ids: Tensor, mask: Tensor, keep: int) -> Tensor:
+def last_logits(model: Any, ids: Tensor, mask: Tensor, keep: int) -> Tensor:
     """Logits ``[batch, keep, vocabulary]`` of the last columns."""
     device = model.device
     logits: Tensor = model(
@@ -112,12 +112,13 @@ def _logits(model: Any, ids: Tensor, mask: Tensor, keep: int) -> Tensor:
     return logits
 
 
-def _answer_log_probs(logits: Tensor, texts: Sequence[Text], ids: Tensor) -> list[float]:
+def answer_log_probs(logits: Tensor, texts: Sequence[Text], ids: Tensor) -> Tensor:
+    """Log-probability of each answer, float64 ``[texts]``, out of the logits of the last columns."""
     begin = ids.shape[1] - logits.shape[1]
     found = []
     for row, (prompt, answer) in enumerate(texts):
         first = len(prompt) - 1 - begin
         predicted = logits[row, first : first + len(answer)].double().log_softmax(-1)
         said = torch.tensor(answer, device=predicted.device)
-        found.append(float(predicted.gather(-1, said[:, None]).sum()))
-    return found
+        found.append(predicted.gather(-1, said[:, None]).sum())
+    return torch.stack(found)

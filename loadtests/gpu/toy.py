@@ -82,7 +82,7 @@ def make_bundle() -> Bundle:
             tokenizer_sha256="0" * 64,
         ),
         label="unsafe_output",
-        prompt_tails=((1,),),
+        prompt_tails=(),
         sites=SITES,
         probe="linear",
         calibration=Calibration(slope=1.0, offset=0.0),

@@ -69,7 +69,7 @@ async def check(request: Request) -> Response:
     return JSONResponse(answer, headers=headers(call))
 
 
-_SHOWN = {"probability", "logit", "threshold", "unsafe", "bundle", "read", "prompt_tokens"}
+_SHOWN = {"probability", "logit", "threshold", "unsafe", "bundle", "read", "unscored_shape", "prompt_tokens"}
 
 
 def _result(finding: Finding) -> dict[str, Any]:

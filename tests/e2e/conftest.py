@@ -86,13 +86,48 @@ def everyday() -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def shaped_bundle_dir(tiny_bundle: Bundle, tiny_model: Path) -> Path:
+    """The same bundle, which says how prompts end: as the chat template ends them."""
+    card = tiny_bundle.card.model_copy(update={"prompt_tails": (world.TAIL,)})
+    return Bundle(card, tiny_bundle.scorer, tiny_bundle.patches.values()).save(tiny_model.parent / "shaped")
+
+
+@pytest.fixture(scope="session")
 def stack(
-    tiny_model: Path, tiny_bundle_dir: Path, key_file: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_model: Path, shaped_bundle_dir: Path, key_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Stack]:
     """A guarded vLLM server and a gateway, as real processes, on the tiny model."""
     folder = tmp_path_factory.mktemp("stack")
     with (
-        servers.engine(tiny_model, tiny_bundle_dir, key_file, "tiny", folder / "engine.log") as engine_url,
+        servers.engine(tiny_model, shaped_bundle_dir, key_file, "tiny", folder / "engine.log") as engine_url,
         servers.gateway(engine_url, key_file, folder) as gateway_url,
     ):
         yield Stack(engine_url, gateway_url, folder)
+
+
+@pytest.fixture(scope="session")
+def prompts(reference: Reference, tiny_bundle: Bundle) -> tuple[list[int], list[int]]:
+    """``(unsafe, safe)``: token-id prompts far from the threshold."""
+    found = [[*p, *world.TAIL] for p in world.prompts(40, seed=41, shortest=25, longest=120)]
+    logits = [float(tiny_bundle.logits(reference.features(p)[None])[0]) for p in found]
+    unsafe = next(p for p, x in zip(found, logits, strict=True) if x > 0.5)
+    safe = next(p for p, x in zip(found, logits, strict=True) if x < -0.5)
+    return unsafe, safe
+
+
+@pytest.fixture(scope="session")
+def chats(reference: Reference, tiny_bundle: Bundle, everyday: list[str]) -> tuple[str, str]:
+    """``(unsafe, safe)`` user messages by the tiny model's own lights."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(reference.model.name_or_path)
+
+    def logit(text: str) -> float:
+        messages = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        return float(tiny_bundle.logits(reference.features(ids)[None])[0])
+
+    scored = sorted((logit(text), text) for text in everyday[:60])
+    assert scored[-1][0] > 0.05
+    assert scored[0][0] < -0.05
+    return scored[-1][1], scored[0][1]

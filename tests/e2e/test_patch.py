@@ -13,7 +13,6 @@ from guard.bundle import Bundle
 from guard.cli import main
 from guard.engine import selftest
 from guard.engine.config import AUDIENCE_ENV, KEY_FILE_ENV
-from guard.engine.errors import GuardStartupError
 from guard.locate.decoding import greedy
 from guard.locate.twins import folded_twins
 from guard.verdict import Decision, Directive, Rule
@@ -251,7 +250,8 @@ class TestDonorWithWeightsOfItsOwn:
         main(command, standalone_mode=False)
         return folder / "bundle"
 
-    def test_its_activations_are_taken_over(self, tmp_path, tiny_model, reference, donor, with_donor):
+    @pytest.mark.parametrize("ranks", [1, 2])
+    def test_its_activations_are_taken_over(self, tmp_path, tiny_model, reference, donor, with_donor, ranks):
         patch = Bundle.load(with_donor).patches["donor"]
         own = AutoModelForCausalLM.from_pretrained(donor, dtype="float32").eval()
         prompts = PROMPTS[:6]
@@ -259,18 +259,7 @@ class TestDonorWithWeightsOfItsOwn:
         expected = answers(reference.model, patch, [tuple(p) for p in prompts], donor=twin)
         result = child.run(
             tmp_path, tiny_model, prompts, bundle=with_donor, patch="donor", max_tokens=NEW_TOKENS,
-            options={"donor": str(donor)},
+            options={"donor": str(donor), "tensor_parallel_size": ranks},
+            environment={"VLLM_CPU_OMP_THREADS_BIND": "|".join("01"[:ranks])},
         )  # fmt: skip
         assert [[shown(tokens) for tokens in turn] for turn in result.tokens] == [expected] * 2
-
-    def test_without_it_or_with_another_the_engine_does_not_start(self, with_donor, tiny_model):
-        from guard.engine.donor import load_donor
-
-        card = Bundle.load(with_donor).patches["donor"].card
-        for checkpoint, why in (
-            (None, "name its directory with --guard-donor"),
-            (str(tiny_model), "is not the donor"),
-            ("/nowhere", "there is no such directory"),
-        ):
-            with pytest.raises(GuardStartupError, match=why):
-                load_donor(None, checkpoint, card.donor.weights_sha256)

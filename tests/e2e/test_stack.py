@@ -23,38 +23,10 @@ BEARER = {"authorization": f"Bearer {API_KEYS['message']}"}
 CANARY = "model text must not be here"
 
 
-@pytest.fixture(scope="module")
-def prompts(reference, tiny_bundle):
-    """``(unsafe, safe)``: token-id prompts far from the threshold."""
-    found = world.prompts(40, seed=41, shortest=25, longest=120)
-    logits = [float(tiny_bundle.logits(reference.features(p)[None])[0]) for p in found]
-    unsafe = next(p for p, x in zip(found, logits, strict=True) if x > 0.5)
-    safe = next(p for p, x in zip(found, logits, strict=True) if x < -0.5)
-    return unsafe, safe
-
-
 @pytest.fixture
 def client(stack):
     with openai.OpenAI(base_url=f"{stack.gateway}/v1", api_key=API_KEYS["message"], max_retries=0) as made:
         yield made
-
-
-@pytest.fixture
-def chats(reference, tiny_bundle, everyday):
-    """``(unsafe, safe)`` user messages by the tiny model's own lights."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(reference.model.name_or_path)
-
-    def logit(text: str) -> float:
-        messages = [{"role": "user", "content": text}]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-        return float(tiny_bundle.logits(reference.features(ids)[None])[0])
-
-    scored = sorted((logit(text), text) for text in everyday[:60])
-    assert scored[-1][0] > 0.05
-    assert scored[0][0] < -0.05
-    return scored[-1][1], scored[0][1]
 
 
 def raw(stack, path, body, *, key="message", base=None, headers=None):
@@ -235,7 +207,7 @@ class TestSilence:
         rng = random.Random(3)
         found = []
         while len(found) < 2:
-            prompt = [rng.randrange(256) for _ in range(40)]
+            prompt = [*(rng.randrange(256) for _ in range(40)), *world.TAIL]
             if float(tiny_bundle.logits(reference.features(prompt)[None])[0]) > 0.3:
                 found.append(prompt)
         return found
@@ -272,11 +244,12 @@ class TestOrder:
         self, stack, reference, tiny_bundle
     ):
         """320 requests at once, mixed policies and routes; score by transformers, answer as when alone."""
-        found = world.prompts(400, seed=51, shortest=10, longest=90)
+        found = [[*p, *world.TAIL] for p in world.prompts(400, seed=51, shortest=10, longest=90)]
         expected = [tiny_bundle.logits(reference.features(p)[None])[0] for p in found]
         clear = [(p, float(x)) for p, x in zip(found, expected, strict=True) if abs(x) > 0.02][:320]
         assert len(clear) >= 300
-        limits = httpx.Limits(max_connections=None)
+        # No connection is used twice: on a busy machine the gateway may have closed it by then.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         async with httpx.AsyncClient(base_url=stack.gateway, timeout=120.0, limits=limits) as client:
             alone = [await self.ask(client, p, "observe", stream=False) for p, _ in clear[::8]]
             burst = await asyncio.gather(

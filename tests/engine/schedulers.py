@@ -23,7 +23,7 @@ from guard.engine import compat
 from guard.engine.config import AUDIENCE_ENV, EXTRA_ARG, KEY_FILE_ENV, GuardConfig
 from guard.engine.scheduler import guard_scheduler
 from guard.sealed import Keyring
-from guard.verdict import Directive
+from guard.verdict import Decision, Directive
 from tests.engine.schedules import DECISIONS, Asked
 
 BLOCK = 16
@@ -54,7 +54,7 @@ class World:
 
     def __init__(self, model: Path, bundle: Path, keys: Path, monkeypatch: Any) -> None:
         self.monkeypatch = monkeypatch
-        self.bundle = Bundle.load(bundle)
+        self.bundle, self._path = Bundle.load(bundle), str(bundle)
         self.keys = Keyring.generate()
         self.keys.save(keys)
         monkeypatch.setenv(KEY_FILE_ENV, str(keys))
@@ -79,8 +79,11 @@ class World:
         init_none_hash(algorithm)
         self._hasher = get_request_block_hasher(BLOCK, algorithm)
 
-    def scheduler(self, mode: Mode) -> Any:
+    def scheduler(self, mode: Mode, default: Decision | None = None) -> Any:
+        """``default`` is the engine's own policy in place of the bundle's."""
         config = copy.copy(self._drafting if mode.drafts else self._plain)
+        if default is not None:
+            config.additional_config = GuardConfig.for_bundle(self._path, self.bundle, default).entry()
         config.scheduler_config = copy.copy(config.scheduler_config)
         config.scheduler_config.async_scheduling = mode.queue > 1  # vLLM's CPU platform never does
         config.scheduler_config.policy = mode.policy
@@ -99,7 +102,9 @@ class World:
             log_stats=True,
         )
 
-    def request(self, name: str, prompt: list[int], asked: Asked, number: int = 0) -> Request:
+    def request(
+        self, name: str, prompt: list[int], asked: Asked, number: int = 0, salt: str | None = None
+    ) -> Request:
         sealed = "forged"
         if (decision := DECISIONS.get(asked.order)) is not None:
             sealed = Directive.issue(decision, audience="simulated", body=b"").seal(self.keys)
@@ -118,5 +123,6 @@ class World:
             None,
             arrival_time=float(number),
             priority=asked.priority,
+            cache_salt=salt,
             block_hasher=self._hasher,
         )

@@ -20,8 +20,9 @@ from guard.engine.config import CONFIG_KEY
 from guard.engine.ledger import STOPPING
 from guard.engine.outputs import IDLE_ATTRIBUTE, LOGITS_ATTRIBUTE, SLOTS_ATTRIBUTE
 from guard.verdict import Verdict
+from tests.engine.kv import Blocks
 from tests.engine.schedulers import DRAFTS, Mode, World
-from tests.engine.schedules import PATCHED, Asked, Schedule, token
+from tests.engine.schedules import PATCHED, SLOTS, Asked, Schedule, token
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Runner:
         self._prompt: dict[str, int] = {}
         self._known: dict[str, int] = {}
         self._random = drafts
+        self.blocks = Blocks()
 
     def run(self, scheduled: Any) -> Step:
         if not scheduled.num_scheduled_tokens:
@@ -62,8 +64,14 @@ class Runner:
             computed[rid] = count
             if rid in cached.resumed_req_ids:
                 self._known[rid] = self._prompt[rid] + outputs
+                # An asynchronous runner takes them from here (vllm/v1/worker/gpu_model_runner.py).
+                assert not outputs or rid in cached.all_token_ids, "resumed without the tokens of its answer"
         # The order of a batch is the runner's own.
         names = sorted(scheduled.num_scheduled_tokens, reverse=True)
+        slots = getattr(scheduled, SLOTS_ATTRIBUTE, {})
+        self.blocks.follow(scheduled, slots)
+        ends_at = {rid: computed[rid] + scheduled.num_scheduled_tokens[rid] for rid in names}
+        self.blocks.compute({rid: (computed[rid], ends_at[rid]) for rid in names}, slots)
         tokens = [self._sample(scheduled, rid, computed[rid]) for rid in names]
         ends = {
             rid
@@ -78,7 +86,6 @@ class Runner:
         for rid, sampled in zip(names, tokens, strict=True):
             if rid in self.wants_logprobs and sampled and rid in ends:
                 output.prompt_logprobs_dict[rid] = LogprobsTensors.empty_cpu(1, 1)
-        slots = getattr(scheduled, SLOTS_ATTRIBUTE, {})
         scores = self.logits | {rid: self.patched[rid] for rid in slots if rid in self.patched}
         logits = {rid: logit for rid in sorted(ends) if (logit := scores[rid]) is not None}
         if logits and not getattr(scheduled, IDLE_ATTRIBUTE, False):
@@ -93,7 +100,7 @@ class Runner:
             return []
         accepted = self._random.randint(0, len(drafts)) if drafts and -1 not in drafts else 0
         self._known[rid] = end + accepted + 1
-        number = self.numbers[rid] + PATCHED * (rid in getattr(scheduled, SLOTS_ATTRIBUTE, {}))
+        number = self.numbers[rid] + PATCHED * getattr(scheduled, SLOTS_ATTRIBUTE, {}).get(rid, 0)
         return [token(number, position) for position in range(end, end + accepted + 1)]
 
     def propose(self, scheduled: Any) -> DraftTokenIds:
@@ -137,7 +144,7 @@ class Engine:
 
     def add(self, name: str, prompt: list[int], asked: Asked, number: int, logit: float | None) -> None:
         self.runner.numbers[name], self.runner.logits[name] = number, logit
-        if asked.order == "patch":
+        if asked.order in SLOTS:
             self.runner.patched[name] = -abs(logit) if logit is not None else math.nan
         if asked.logprobs is not None:
             self.runner.wants_logprobs.add(name)

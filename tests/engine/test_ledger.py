@@ -27,7 +27,7 @@ def directive(decision: Decision, keys: Keyring = KEYS, audience: str = "here") 
 
 
 def judge(made: Ledger, logit: float | None, **options: object):
-    made.open("r", **{"prompt": [9], "prompt_tokens": 1, "directive": None, **options})
+    made.open("r", **{"prompt": [9, 7], "prompt_tokens": 1, "directive": None, **options})
     return made.judge("r", logit)
 
 

@@ -14,6 +14,8 @@ SITES = (
     Site(layer=2, kind="attention", units=(1, 3)),
     Site(layer=3, kind="mlp", units=tuple(range(0, 176, 11))),
 )
+TAIL = (258,)
+"""What the chat template puts at the end of a prompt."""
 SIZES: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 176,
@@ -30,8 +32,9 @@ def make_model(directory: Path, architecture: str = "llama") -> Path:
     return random_model.make_model(directory, SIZES, architecture)
 
 
-def make_bundle(directory: Path, model: Path) -> Bundle:
-    return random_model.make_bundle(directory, model, SITES, prompts(60, seed=1000))
+def make_bundle(directory: Path, model: Path, tails: tuple[tuple[int, ...], ...] = ()) -> Bundle:
+    """Without ``tails`` it takes prompts of any shape."""
+    return random_model.make_bundle(directory, model, SITES, prompts(60, seed=1000), tails=tails)
 
 
 def make_reference(model: Path) -> random_model.Reference:

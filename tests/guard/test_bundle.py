@@ -118,7 +118,7 @@ def spoiled(change: str) -> dict[str, Any]:
         case "default without a threshold":
             card["default_false_positive_rate"] = 0.5
         case "no tail":
-            card["prompt_tails"] = []
+            card["prompt_tails"] = [[]]
         case "falling calibration":
             card["calibration"]["slope"] = -1.0
         case "self-test of another length":

@@ -175,6 +175,7 @@ async def test_the_full_verdict(tmp_path: Path) -> None:
                     "unsafe": True,
                     "bundle": "b" * 64,
                     "read": "prompt_last",
+                    "unscored_shape": False,
                     "prompt_tokens": 7,
                 },
             }

@@ -23,6 +23,7 @@ NAMES = {
     "guard_upstream_first_byte_seconds",
     "guard_gateway_overhead_seconds",
     "guard_bypass",
+    "guard_unscored_shape",
     "guard_errors",
     "guard_inflight_requests",
     "guard_upstream_up",

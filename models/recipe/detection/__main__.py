@@ -22,7 +22,7 @@ from guard.cache import cache_root, write_whole
 from guard.locate.results import versions
 from models.recipe.detection import figures, manifest, report
 from models.recipe.detection.left_out import left_out
-from models.recipe.detection.quality import quality
+from models.recipe.detection.quality import quality, twins
 from models.recipe.detection.robustness import families, flips
 from models.recipe.detection.selection import curve
 from models.recipe.detection.study import VARIANTS, Study
@@ -42,6 +42,7 @@ def document(study: Study) -> dict[str, Any]:
         "flips": study.part("flips", lambda: flips(study)),
         "families": study.part("families", lambda: families(study)),
         "unsafe_output": study.part("unsafe output", lambda: unsafe(study)),
+        "twins": study.part("twins", lambda: twins(study)),
         "quality": {},
     }
     for variant in VARIANTS:

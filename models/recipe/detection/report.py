@@ -36,6 +36,8 @@ def markdown(document: Figures) -> str:
         "Share of benign prompts that each threshold flags. Marked sources look harmful on purpose; "
         f"{', '.join(APART)} is kept out of every pool.",
         _benign(first),
+        f"Harmful test requests against the structural twins: AUROC {_auroc(document['twins'])}, recall "
+        f"where 1 % of the twins are flagged {_recall(document['twins'])}; chance is 0.5 and 1 %.",
         "## All models, harmful requests",
         _models(document["quality"]),
         "## Leave one source out",

@@ -30,13 +30,13 @@ SOURCES = ("hh_helpful_test", "gpteacher", "llms_from_scratch_1k", "medquad_5k")
 NAME = "ia3-helpful.safetensors"
 
 
-def answered(study: Study, *, held_out: bool) -> list[Prompt]:
+def answered(data: Path, *, held_out: bool) -> list[Prompt]:
     """Harmless requests with an answer, cut at the end of a sentence: held out of training, or trained on."""
-    barred = reserved(study.data)
+    barred = reserved(data)
     rows = []
     for source in TRAIN_BENIGN:
         if source.file in SOURCES:
-            for prompt in read(study.data, source):
+            for prompt in read(data, source):
                 answer = trimmed(prompt.answer or "")
                 if answer and (split_of(prompt.text) != "train") == held_out and prompt.text not in barred:
                     rows.append(prompt._replace(answer=answer))
@@ -79,7 +79,7 @@ def _train(study: Study, out: Path) -> None:
         vector_rate=0.03,
         buckets=((48, 48), (96, 24), (160, 12)),
     )
-    rows = [Example(((p.text, p.answer or ""),)) for p in answered(study, held_out=False)]
+    rows = [Example(((p.text, p.answer or ""),)) for p in answered(study.data, held_out=False)]
     plan = BatchPlan(
         rows * _times(len(rows), phase),
         load_tokenizer(study.lab / "tokenizer.json"),
@@ -110,11 +110,11 @@ def _times(rows: int, phase: PhaseConfig) -> int:
     return 1 + phase.steps * max(size for _, size in phase.buckets) // rows
 
 
-def texts(study: Study, count: int) -> list[tuple[Tokens, Tokens]]:
+def texts(data: Path, lab: Path, count: int) -> list[tuple[Tokens, Tokens]]:
     """Held-out requests and their sources' answers, as token ids that fit the context."""
-    tokenizer = load_tokenizer(study.lab / "tokenizer.json")
+    tokenizer = load_tokenizer(lab / "tokenizer.json")
     found = []
-    for p in answered(study, held_out=True):
+    for p in answered(data, held_out=True):
         answer = tuple(tokenizer.encode((p.answer or "").strip(), add_special_tokens=False).ids)
         found.append((tuple(prompt_ids(tokenizer, p.text)), answer))
     return [text for text in found if len(text[0]) + len(text[1]) <= 160][:count]

@@ -80,7 +80,7 @@ def crossed(study: Study, pair: Pair) -> dict[str, Any]:
     for name, chosen in sets.items():
         units = units_of(chosen, shape)
         document["sets"][name] = _both(safety, useful, units, harmful, benign, cost, study)
-    texts = helpful.texts(study, TEXTS)
+    texts = helpful.texts(study.data, study.lab, TEXTS)
     every = [(), *(units_of(chosen, shape) for chosen in sets.values())]
     document["reference answers"] = {
         "into safety": _likelihoods(safety, useful, every, texts, list(sets)),

@@ -1,0 +1,115 @@
+"""``loadtests.child`` with patches: a guarded engine whose requests may each name the patch they run under.
+
+A command is ``{"prompts": [[…]], "max_tokens": 24, "guard": true, "patches": ["stored", null, …]}``; without
+``patches`` nobody is patched. The answer tells the seconds until every request has its first token
+(``first``) and those of the decode steps after that (``decode``), by process CPU time, and ``wall_first`` and
+``wall_decode``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from guard.sealed import Keyring
+from guard.verdict import Decision, Directive, Rule, Verdict
+
+AUDIENCE = "bench"
+
+
+def main() -> None:
+    """Serve commands until stdin ends."""
+    # Sets what vLLM reads from the environment when it is imported.
+    from loadtests import child
+    from loadtests.switch import Switch
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever vLLM prints is no answer
+    with tempfile.TemporaryDirectory() as folder:
+        keys = _keys(Path(folder) / "keys")
+        llm = child.make_engine(**json.loads(sys.argv[1]))
+        switch = Switch(llm)
+        answers.write(json.dumps({"ready": True}) + "\n")
+        answers.flush()
+        for line in sys.stdin:
+            command = json.loads(line)
+            (switch.on if command["guard"] else switch.off)()
+            names = command["patches"] or [None] * len(command["prompts"])
+            found = measure(llm, keys, command["prompts"], names, command["max_tokens"])
+            answers.write(json.dumps(found) + "\n")
+            answers.flush()
+
+
+def _keys(path: Path) -> Keyring:
+    from guard.engine.config import AUDIENCE_ENV, KEY_FILE_ENV
+
+    keys = Keyring.generate()
+    keys.save(path)
+    os.environ.update({KEY_FILE_ENV: str(path), AUDIENCE_ENV: AUDIENCE})
+    return keys
+
+
+def parameters(keys: Keyring, patch: str | None, max_tokens: int) -> Any:
+    """Greedy, of fixed length; with a directive that has the request patched, if there is a name."""
+    from vllm import SamplingParams
+
+    from guard.engine.config import EXTRA_ARG
+
+    extra = None
+    if patch is not None:
+        rule = Rule(above=0.0, action="patch", patch=patch, still_unsafe="pass")
+        decision = Decision(policy="bench", rules=(rule,))
+        extra = {EXTRA_ARG: Directive.issue(decision, audience=AUDIENCE, body=b"").seal(keys)}
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, extra_args=extra)
+
+
+def measure(
+    llm: Any, keys: Keyring, prompts: list[list[int]], names: list[str | None], max_tokens: int
+) -> dict[str, float]:
+    """Run one batch to its end. Raises RuntimeError when a request was not answered as it was to be."""
+    engine = llm.llm_engine
+    parts = [parameters(keys, name, max_tokens) for name in names]
+    wall, cpu = time.perf_counter(), time.process_time()
+    for index, (prompt, params) in enumerate(zip(prompts, parts, strict=True)):
+        engine.add_request(f"{wall}-{index}", {"prompt_token_ids": prompt}, params)
+    waiting, first, tokens = len(prompts), (0.0, 0.0), 0
+    begun: set[str] = set()
+    patched: list[str | None] = []
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            begun.add(output.request_id)
+            if output.finished:
+                tokens += len(output.outputs[0].token_ids)
+                patched.append(_patch_of(output))
+        if waiting and len(begun) == waiting:
+            waiting, first = 0, (time.process_time() - cpu, time.perf_counter() - wall)
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    llm.reset_prefix_cache()
+    if tokens != len(prompts) * max_tokens:
+        raise RuntimeError(f"{tokens} tokens came of {len(prompts)} requests for {max_tokens} each")
+    if Counter(patched) != Counter(names):
+        raise RuntimeError(f"requests ran under the patches {patched}, not under {names}")
+    return {
+        "first": first[0],
+        "decode": cpu - first[0],
+        "wall_first": first[1],
+        "wall_decode": wall - first[1],
+    }
+
+
+def _patch_of(output: Any) -> str | None:
+    """The patch that the verdict on a request names; plain vLLM gives none."""
+    from guard.engine.config import CONFIG_KEY
+
+    carried = (output.kv_transfer_params or {}).get(CONFIG_KEY)
+    return Verdict.model_validate_json(carried).patch if carried else None
+
+
+if __name__ == "__main__":
+    main()

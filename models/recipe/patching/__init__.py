@@ -1,0 +1,1 @@
+"""What patching does to the lab twins: `make patch-results`."""
