@@ -10,7 +10,7 @@ from guard.locate.change import Text
 from guard.locate.decoding import greedy
 from guard.locate.errors import LocateError
 from guard.locate.sweep import sweep
-from guard.locate.twins import Twin
+from guard.locate.twins import Twin, folded_twins
 from tests.locate import contrast_toys as toys
 
 PROMPTS = toys.prompts()[:6]
@@ -20,7 +20,10 @@ CLOSED, OPEN = np.zeros(SHAPE), np.ones(SHAPE)
 
 @pytest.fixture(scope="module", params=[False, True], ids=["sharing weights", "folded"])
 def twins(request: pytest.FixtureRequest) -> tuple[Twin, Twin]:
-    return toys.twins(apart=request.param)
+    if request.param:
+        base = toys.model()
+        return folded_twins(base, toys.fold(base, toys.vector()))
+    return toys.twins()
 
 
 @pytest.fixture(scope="module")
@@ -71,16 +74,16 @@ def test_blocks_are_ranked_by_the_gradient_that_is_left_when_those_before_are_op
 ) -> None:
     candidates = np.ones(SHAPE, dtype=bool)
     candidates[-1] = False
-    found = gates.greedy_by_gradient(*twins, texts, candidates, [2, 5])
+    found = gates.greedy_by_gradient(*twins, texts, candidates, [4, 10])
     assert np.isneginf(found[-1]).all()
-    order = np.argsort(-found, axis=None)[:5]
+    order = np.argsort(-found, axis=None)[:10]
     slope, _ = gates.gradient(*twins, texts, CLOSED)
-    assert set(order[:2]) == set(np.argsort(-np.where(candidates, slope, -np.inf), axis=None)[:2])
+    assert set(order[:4]) == set(np.argsort(-np.where(candidates, slope, -np.inf), axis=None)[:4])
     opened = CLOSED.copy()
-    opened.flat[order[:2]] = 1.0
+    opened.flat[order[:4]] = 1.0
     slope, _ = gates.gradient(*twins, texts, opened)
     left = np.where(candidates & (opened == 0), slope, -np.inf)
-    assert set(order[2:]) == set(np.argsort(-left, axis=None)[:3])
+    assert set(order[4:]) == set(np.argsort(-left, axis=None)[:6])
     assert len(np.unique(found[candidates])) == candidates.sum()
 
 
