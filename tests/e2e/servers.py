@@ -91,16 +91,6 @@ def descendant(pid: int, name: str) -> int:
     raise AssertionError(f"there is no process {name}")
 
 
-def server_process(url: str) -> int:
-    """The process id of the guarded vLLM server at ``url``."""
-    flag = b"\0--port\0" + url.rpartition(":")[2].encode() + b"\0"
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if flag in (folder / "cmdline").read_bytes():
-                return int(folder.name)
-    raise AssertionError(f"no server was started for {url}")
-
-
 def wait_until(url: str, child: subprocess.Popen[bytes], log: Path, seconds: float = 240.0) -> None:
     """Return when ``url`` answers 200."""
     deadline = time.monotonic() + seconds

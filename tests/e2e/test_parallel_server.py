@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-import time
 
 import httpx
 import openai
@@ -114,24 +111,3 @@ def test_actions_differ_under_the_adapter(expected):
     answers = [{tuple(p): bad for p, bad in expected[name]} for name in ("tiny", "tuned")]
     shared = answers[0].keys() & answers[1].keys()
     assert any(answers[0][prompt] != answers[1][prompt] for prompt in shared)
-
-
-def test_a_rank_that_is_killed_ends_the_engine_and_nothing_is_answered_without_it(parallel, expected):
-    """The last test of this engine."""
-    core = servers.descendant(servers.server_process(parallel.engine), "VLLM::EngineCore_DP1")
-    os.kill(core, signal.SIGKILL)
-    prompt = next(prompt for prompt, bad in expected["tiny"] if bad)
-    auth = {"authorization": f"Bearer {API_KEYS['message']}"}
-    body = {"model": "tiny", "prompt": prompt, "max_tokens": 4, "stream": True}
-    deadline = time.monotonic() + 60
-    while httpx.get(f"{parallel.gateway}/readyz", timeout=10).status_code == 200:
-        answer = httpx.post(f"{parallel.gateway}/v1/completions", json=body, headers=auth, timeout=90)
-        assert answer.status_code in (200, 502, 503, 504)
-        if answer.status_code == 200:  # the other rank was faster than the news
-            assert answer.headers["x-guard-action"] == "refuse"
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    answer = httpx.post(f"{parallel.gateway}/v1/completions", json=body, headers=auth, timeout=90)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_not_ready")
-    assert metric(parallel.gateway, "guard_upstream_up") == 0
-    assert metric(parallel.gateway, "guard_bypass_total") == 0

@@ -78,12 +78,14 @@ def test_blocks_are_ranked_by_the_gradient_that_is_left_when_those_before_are_op
     assert np.isneginf(found[-1]).all()
     order = np.argsort(-found, axis=None)[:10]
     slope, _ = gates.gradient(*twins, texts, CLOSED)
-    assert set(order[:4]) == set(np.argsort(-np.where(candidates, slope, -np.inf), axis=None)[:4])
+    assert set(order[:4]) == set(
+        np.argsort(-np.where(candidates, slope, -np.inf), axis=None, kind="stable")[:4]
+    )
     opened = CLOSED.copy()
     opened.flat[order[:4]] = 1.0
     slope, _ = gates.gradient(*twins, texts, opened)
     left = np.where(candidates & (opened == 0), slope, -np.inf)
-    assert set(order[4:]) == set(np.argsort(-left, axis=None)[:6])
+    assert set(order[4:]) == set(np.argsort(-left, axis=None, kind="stable")[:6])
     assert len(np.unique(found[candidates])) == candidates.sum()
 
 

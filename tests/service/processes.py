@@ -69,5 +69,5 @@ def gateway_process(
     environment = {f"NEURONGUARD_{name.upper()}": value for name, value in values.items()}
     log = folder / "gateway.log"
     with process([sys.executable, "-m", "service"], environment, log) as child:
-        wait_until(f"http://127.0.0.1:{port}{until}", child, log, 60.0)
+        wait_until(f"http://127.0.0.1:{port}{until}", child, log, 120.0)
         yield GatewayProcess(f"http://127.0.0.1:{port}", child, folder)

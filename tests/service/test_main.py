@@ -29,7 +29,7 @@ def running(folder: Path, **more: str) -> Iterator[str]:
     port = free_port()
     command = [sys.executable, "-m", "service"]
     with process(command, environment(folder, NEURONGUARD_PORT=str(port), **more), folder / "log") as child:
-        wait_until(f"http://127.0.0.1:{port}/healthz", child, folder / "log", 30.0)
+        wait_until(f"http://127.0.0.1:{port}/healthz", child, folder / "log", 120.0)
         yield f"http://127.0.0.1:{port}"
 
 
