@@ -56,8 +56,14 @@ RANKINGS: dict[str, tuple[Callable[[Lab], dict[str, Any]], str]] = {
         ),
         "attribution: gradient of the aligned answer × change, nothing patched yet",
     ),
-    "path": (partial(_gradient, find=gates.path), "the same, averaged on the way from nothing to everything"),
-    "blocks": (partial(_gradient, find=_blocks), "the same, taken again after each block of units"),
+    "path": (
+        partial(_gradient, find=gates.path),
+        "attribution, averaged on the way from nothing patched to everything",
+    ),
+    "blocks": (
+        partial(_gradient, find=_blocks),
+        "attribution, taken again after each block of neurons is patched",
+    ),
 }
 """Each ranking and what it is."""
 
