@@ -194,7 +194,7 @@ def test_no_verdict_and_no_token_of_ten_thousand_requests_is_anothers(simulated:
         preempted += len(engine.preempted)
         actions.update(asked.action for asked in schedule.asked)
     assert set(actions) == {*ANSWERED, "refuse", "checked", "error"}
-    assert min(actions.values()) > 30
+    assert min(actions.values()) > 20
     assert preempted > 20
     assert sum(count for moment, count in seen.items() if moment.startswith("aborted")) > 20
 
