@@ -142,8 +142,11 @@ async def test_a_policy_with_the_engines_own_rules_still_has_its_own_word_on_sha
 
 
 async def test_operators_are_told_of_a_bundle_that_does_not_say_how_prompts_end(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Other tests bring libraries that configure logging, and disable or quieten what they find.
+    monkeypatch.setattr(logging.getLogger("neuronguard.gateway"), "disabled", False)
+    caplog.set_level(logging.WARNING, logger="neuronguard.gateway")
     engine = FakeEngine()
     async with world(tmp_path, engine=engine):
         assert "unscored_shape has no effect" not in caplog.text
