@@ -11,12 +11,12 @@ folder for intermediate files.
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 from models.recipe import bundle_data
+from models.recipe.options import add_data
 
 ROOT = Path(__file__).parents[2]
 VARIANT = "lab-partial"
@@ -43,14 +43,7 @@ def neuronguard(*arguments: str | Path) -> None:
 def main() -> None:
     """Write the data, fit both labels, evaluate both."""
     parser = argparse.ArgumentParser(prog="python -m models.recipe.bundle", description=__doc__)
-    configured = os.environ.get("NEURONGUARD_DATA")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=configured,
-        required=configured is None,
-        help="folder of *.jsonl.gz files (default: $NEURONGUARD_DATA)",
-    )
+    add_data(parser)
     parser.add_argument("--lab", type=Path, default=ROOT / "models" / "lab", help="folder of the lab models")
     parser.add_argument("--work", type=Path, default=ROOT / "results", help="folder for intermediate files")
     parser.add_argument("--reports", type=Path, default=ROOT / "docs" / "results", help="folder of figures")

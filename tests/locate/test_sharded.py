@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -19,8 +20,6 @@ from guard.locate.results import Scores
 from guard.locate.twins import Twin
 from tests.guard import worlds
 from tests.locate import contrast_toys as toys
-
-accelerate = pytest.importorskip("accelerate", reason="a map of devices needs the package accelerate")
 
 PROMPTS, OTHERS = toys.prompts(6), toys.prompts(5, seed=1)
 

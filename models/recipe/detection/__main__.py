@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ from models.recipe.detection.robustness import families, flips
 from models.recipe.detection.selection import curve
 from models.recipe.detection.study import VARIANTS, Study
 from models.recipe.detection.unsafe import unsafe
+from models.recipe.options import add_data
 
 ROOT = Path(__file__).parents[3]
 
@@ -55,14 +55,7 @@ def document(study: Study) -> dict[str, Any]:
 def main() -> None:
     """Measure what is not measured yet, and write everything anew."""
     parser = argparse.ArgumentParser(prog="python -m models.recipe.detection", description=__doc__)
-    configured = os.environ.get("NEURONGUARD_DATA")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=configured,
-        required=configured is None,
-        help="folder of *.jsonl.gz files (default: $NEURONGUARD_DATA)",
-    )
+    add_data(parser)
     parser.add_argument("--manifest", type=Path, default=manifest.FILE, help="names and digests of the files")
     parser.add_argument("--lab", type=Path, default=ROOT / "models" / "lab", help="folder of the lab models")
     parser.add_argument("--store", type=Path, default=cache_root() / "detection", help="folder of the parts")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from guard.cache import cache_root, write_whole
 from guard.locate.results import versions
 from models.recipe.locate import effects, sets, tax
 from models.recipe.locate.study import PAIRS, RECIPIENT, Pair, Size, Study
+from models.recipe.options import add_data
 
 ROOT = Path(__file__).parents[3]
 
@@ -53,14 +53,7 @@ def _pair(study: Study, pair: Pair) -> dict[str, Any]:
 def main() -> None:
     """Measure what is not measured yet, and write everything anew."""
     parser = argparse.ArgumentParser(prog="python -m models.recipe.locate", description=__doc__)
-    configured = os.environ.get("NEURONGUARD_DATA")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=configured,
-        required=configured is None,
-        help="folder of *.jsonl.gz files (default: $NEURONGUARD_DATA)",
-    )
+    add_data(parser)
     parser.add_argument("--lab", type=Path, default=ROOT / "models" / "lab", help="folder of the lab models")
     parser.add_argument("--store", type=Path, default=cache_root() / "locate", help="folder of the parts")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of results/ and images/")

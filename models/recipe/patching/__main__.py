@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 
 from guard.cache import cache_root, write_whole
 from guard.locate.results import versions
+from models.recipe.options import add_data
 from models.recipe.patching import curve, engine, first
 from models.recipe.patching.choice import SHARE
 from models.recipe.patching.study import PAIRS, Lab, Size, about
@@ -61,14 +61,7 @@ def _pair(lab: Lab) -> dict[str, Any]:
 def main() -> None:
     """Measure what is not measured yet, and write everything anew."""
     parser = argparse.ArgumentParser(prog="python -m models.recipe.patching", description=__doc__)
-    configured = os.environ.get("NEURONGUARD_DATA")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=configured,
-        required=configured is None,
-        help="folder of *.jsonl.gz files (default: $NEURONGUARD_DATA)",
-    )
+    add_data(parser)
     parser.add_argument("--lab", type=Path, default=ROOT / "models" / "lab", help="folder of the lab models")
     parser.add_argument("--steps", type=Path, default=default_cache(), help="folder of the recipe's steps")
     parser.add_argument("--store", type=Path, default=cache_root() / "patching", help="folder of the parts")
