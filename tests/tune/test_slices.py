@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from guard.locate.errors import LocateError
-from guard.locate.partial_training import freezing_units, training_units
+from guard.tune.errors import TuneError
+from guard.tune.slices import freezing_units, training_units
 from tests.locate import importance_toys as toys
 
 UNITS: dict[Any, Any] = {
@@ -137,5 +137,5 @@ def test_an_error_in_the_block_leaves_an_ordinary_model() -> None:
     ],
 )
 def test_units_that_do_not_exist_are_refused(units: Any, message: str) -> None:
-    with pytest.raises(LocateError, match=message), training_units(toys.model(), units):
+    with pytest.raises(TuneError, match=message), training_units(toys.model(), units):
         pass
