@@ -7,7 +7,7 @@ ARGS   ?=
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help env serve test fuzz lint format bench bundle detection locate patch-results compat dashboards clean
+.PHONY: help env serve test fuzz lint format bench bundle detection locate patch-results tune-results compat dashboards clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ detection: env  ## measure the lab guard by the whole protocol; NEURONGUARD_DATA
 
 locate: env  ## run the four methods on the lab twins anew; NEURONGUARD_DATA names the data folder
 	$(PY) -m models.recipe.locate $(ARGS)
+
+tune-results: env  ## measure what tuning by units does to the lab models; NEURONGUARD_DATA names the data folder
+	$(PY) -m models.recipe.tuning $(ARGS)
 
 patch-results: env  ## measure what patches do to the lab twins; NEURONGUARD_DATA names the data folder
 	$(PY) -m models.recipe.patching $(ARGS)
