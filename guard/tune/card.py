@@ -44,7 +44,8 @@ def card(record: Mapping[str, Any]) -> str:
     parts += ["", "## Data", "", *table(("file", "harmful", "benign", "SHA-256 begins"), files)]
     parts += [
         "",
-        f"{record['data']['used']} texts were trained on. Options, versions and losses are in `tune.json`.",
+        f"{record['data']['used']} of {record['data']['rows']} rows were trained on; options, versions and "
+        "losses are in `tune.json`.",
         "",
         "Nothing was measured but the loss on these data. Before it is used, its refusals of harmful and of "
         "harmless requests, and its answers, are to be measured on other data: `neuronguard answer`.",

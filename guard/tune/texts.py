@@ -30,14 +30,15 @@ def texts(
 ) -> list[Text]:
     """Token ids of all rows that fit, with the model's own answers where rows lack one. Raises TuneError."""
     context = min(options.longest, int(model.config.max_position_embeddings))
-    # Two tokens are the least that an answer with an end has.
     fitting = [
-        (row, prompt) for row in rows if len(prompt := encode(tokenizer, row.prompt.chat())) <= context - 2
+        (row, prompt)
+        for row in rows
+        if len(prompt := encode(tokenizer, row.prompt.chat())) + _least(row, options) <= context
     ]
     if not fitting:
         raise TuneError(f"no prompt leaves room for an answer in {context} tokens; raise 'longest'")
     end = end_token(model, tokenizer)
-    own = _own(fitting, model, options, end, context, progress)
+    own = _own(fitting, model, options, end, progress)
 
     def tokens(text: str) -> Tokens:
         return (*tokenizer(text, add_special_tokens=False, verbose=False).input_ids, end)
@@ -58,23 +59,28 @@ def texts(
     return made
 
 
+def _lacks(row: Row, options: TuneOptions) -> bool:
+    """Whether an answer of the model's own is needed."""
+    return row.answer is None or (options.objective == "dpo" and row.rejected is None)
+
+
+def _least(row: Row, options: TuneOptions) -> int:
+    """Tokens that must be left for an answer; one that is read has a token and its end at least."""
+    return options.own_answers or 2 if _lacks(row, options) else 2
+
+
 def _own(
     fitting: Sequence[tuple[Row, Tokens]],
     model: Any,
     options: TuneOptions,
     end: int,
-    context: int,
     progress: bool,
 ) -> dict[int, Tokens]:
     """The model's own greedy answers, by the number of the row that lacks one."""
-    needed = [
-        number
-        for number, (row, _) in enumerate(fitting)
-        if row.answer is None or (options.objective == "dpo" and row.rejected is None)
-    ]
-    if not needed or options.own_answers is None:
+    needed = [number for number, (row, _) in enumerate(fitting) if _lacks(row, options)]
+    length = options.own_answers
+    if not needed or length is None:
         return {}
-    length = min(options.own_answers, context - max(len(fitting[number][1]) for number in needed))
     try:
         answers = greedy(
             Twin(model),

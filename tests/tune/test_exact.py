@@ -157,10 +157,22 @@ def test_a_number_that_was_not_to_change_is_found(model: Path, tmp_path: Path) -
     name = "model.layers.0.mlp.up_proj.weight"
     weights[name][4, 0] += 1
     save_file(weights, tmp_path / WEIGHTS)
-    assert compared(model, tmp_path, Prepared(None, (Part(name[:-7], 0, [4]),), inside=True))[0] == 1
+    assert compared(model, tmp_path, Prepared(None, (Part(name[:-7], 0, [4]),), inside=True), {name})[0] == 1
     for parts, inside in (((Part(name[:-7], 0, [5]),), True), ((Part(name[:-7], 1, [0]),), False)):
         with pytest.raises(TuneError, match="differs where nothing was trained"):
-            compared(model, tmp_path, Prepared(None, parts, inside))
+            compared(model, tmp_path, Prepared(None, parts, inside), {name})
+
+
+def test_a_tensor_that_is_missing_is_found_unless_it_is_no_parameter(model: Path, tmp_path: Path) -> None:
+    weights = load_file(model / WEIGHTS)
+    name = "model.layers.0.mlp.up_proj.weight"
+    del weights[name]
+    save_file(weights, tmp_path / WEIGHTS)
+    nothing = Prepared(None, (), inside=True)
+    assert compared(model, tmp_path, nothing, set())[0] == 0
+    for before, after in ((model, tmp_path), (tmp_path, model)):
+        with pytest.raises(TuneError, match=rf"other tensors than .*{name}"):
+            compared(before, after, nothing, {name})
 
 
 def test_only_the_answer_is_learnt_and_it_ends(model: Path, data: Path) -> None:

@@ -12,16 +12,20 @@ from guard.tune.options import TuneOptions
 from guard.tune.run import Record, tune
 from models.recipe.tuning.material import ALIGNED, SFT, Material
 
-RATES: dict[Method, float] = {
+RATES: dict[str, float] = {
     "full": 5e-4,
     "sn": 2e-3,
     "budget": 2e-3,
-    "rsn": 5e-4,
-    "freeze": 5e-4,
     "ia3": 0.03,
     "lora": 5e-3,
+    "downstream": 1e-3,
 }
 """The papers' rates are for models a thousand times larger; these were chosen on dev prompts."""
+
+
+def rate_of(cell: Cell) -> float:
+    """Of a method, or of whatever is tuned downstream: protected and not, all alike."""
+    return RATES["downstream" if cell.rows == "downstream" else cell.method]
 
 
 class Cell(NamedTuple):
@@ -75,11 +79,11 @@ def options_of(cell: Cell, material: Material) -> TuneOptions:
     settings: dict[str, Any] = {
         "steps": size.steps,
         "batch": size.batch,
-        "rate": RATES[cell.method],
+        "rate": rate_of(cell),
         "own_answers": size.own_tokens,
         "schedule": "plateau",
         "warmup": 0.1,
-        "longest": 96,
+        "longest": 64,
         "dtype": "bfloat16",
         # In the lab models the first token of an answer decides whether it is a refusal.
         "first_token": 1.0 if cell.rows == "downstream" else 4.0,

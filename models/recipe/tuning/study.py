@@ -15,7 +15,7 @@ from guard.stats import wilson
 from models.recipe.locate.effects import interval
 from models.recipe.parts import part
 from models.recipe.patching.prompts import ROLES as ABOUT
-from models.recipe.tuning.cells import RATES, Cell, cells, folder, trained
+from models.recipe.tuning.cells import RATES, Cell, cells, folder, rate_of, trained
 from models.recipe.tuning.material import ALIGNED, SFT, UNITS, Material
 from models.recipe.tuning.measures import Measured, Measures
 
@@ -113,7 +113,7 @@ class Study:
             cell = self.cells[name]
             record = trained(cell, self.material, self.cells)
             losses = [loss for _, loss in record["course"]["losses"]]
-            document["cell"] = {**cell._asdict(), "rate": RATES[cell.method]}
+            document["cell"] = {**cell._asdict(), "rate": rate_of(cell)}
             document["parameters"] = record["parameters"]
             document["changed"] = record["output"]["changed"]
             document["seconds"] = record["course"]["seconds"]
