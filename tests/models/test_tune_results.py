@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from models.recipe.tuning import figures, report
-from models.recipe.tuning.cells import cells
+from models.recipe.tuning.cells import CONTROLLED, cells
 from models.recipe.tuning.material import ALIGNED, SFT
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -44,11 +44,10 @@ def test_results_hold_figures_and_no_prompt(document: Any) -> None:
     assert document["prompts"]["harmful"]["prompts"] >= 200
 
 
-def test_every_cell_was_measured_and_every_set_of_units_has_its_controls(document: Any) -> None:
+def test_every_cell_was_measured_and_every_set_of_few_units_has_its_controls(document: Any) -> None:
     planned = cells(document["size"]["draws"])
     assert document["models"].keys() == {SFT, ALIGNED, *(cell.name for cell in planned)}
-    located = {cell.name for cell in planned if cell.units and cell.seed is None and cell.rows != "refusals"}
-    assert document["controls"].keys() == located
+    assert document["controls"].keys() == set(CONTROLLED)
     assert document["size"]["draws"] >= 3
 
 

@@ -21,7 +21,7 @@ from guard.tune.slices import Part
 from guard.tune.texts import texts
 from tests.tune.conftest import REFUSAL
 
-UNITS = {"mlp": {"0": [3, 17], "2": [5]}, "attention": {"1": [3]}}
+UNITS = {"mlp": {"0": [3, 17], "2": [5]}, "attention": {"1": [2]}}
 WEIGHTS = "model.safetensors"
 # Rates that show in bfloat16 after a few steps, decay, and a norm that is clipped.
 HARD: dict[str, Any] = {
@@ -56,12 +56,12 @@ def masks(before: dict[str, Tensor], *, gate: bool) -> dict[str, Tensor]:
         for name in ("up_proj", *(["gate_proj"] if gate else [])):
             found[f"{here}{name}.weight"][neurons] = True
         found[f"{here}down_proj.weight"][:, neurons] = True
-    # Head 3 shares the keys and values of group 1 with head 2.
+    # Head 2 shares the keys and values of group 1 with head 3.
     here = "model.layers.1.self_attn."
-    found[f"{here}q_proj.weight"][24:32] = True
+    found[f"{here}q_proj.weight"][16:24] = True
     found[f"{here}k_proj.weight"][8:16] = True
     found[f"{here}v_proj.weight"][8:16] = True
-    found[f"{here}o_proj.weight"][:, 24:32] = True
+    found[f"{here}o_proj.weight"][:, 16:24] = True
     return found
 
 

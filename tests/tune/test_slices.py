@@ -98,14 +98,15 @@ def test_what_was_learnt_is_in_the_model_behind_the_block() -> None:
 
 
 def test_a_head_brings_the_keys_and_values_of_its_group() -> None:
+    # Head 2 of 4, on 2 key heads: group 1 is 2 // 2, and not 2 % 2.
     model = toys.model()
     before = weights(model)
-    with training_units(model, {"attention": {0: [3]}}) as parameters:
+    with training_units(model, {"attention": {0: [2]}}) as parameters:
         train(model, parameters, 0.0)
     changed = {name: value != before[name] for name, value in weights(model).items()}
     here = "model.layers.0.self_attn."
-    assert changed[f"{here}q_proj.weight"].any(1).nonzero().flatten().tolist() == list(range(18, 24))
-    assert changed[f"{here}o_proj.weight"].any(0).nonzero().flatten().tolist() == list(range(18, 24))
+    assert changed[f"{here}q_proj.weight"].any(1).nonzero().flatten().tolist() == list(range(12, 18))
+    assert changed[f"{here}o_proj.weight"].any(0).nonzero().flatten().tolist() == list(range(12, 18))
     for name in ("k_proj", "v_proj"):
         assert changed[f"{here}{name}.weight"].any(1).nonzero().flatten().tolist() == list(range(6, 12))
 
@@ -113,11 +114,11 @@ def test_a_head_brings_the_keys_and_values_of_its_group() -> None:
 def test_a_channel_brings_its_value_row() -> None:
     model = toys.model()
     before = weights(model)
-    with training_units(model, {"channel": {1: [20]}}) as parameters:
+    with training_units(model, {"channel": {1: [14]}}) as parameters:
         train(model, parameters, 0.0)
     changed = {name: value != before[name] for name, value in weights(model).items()}
     assert changed["model.layers.1.self_attn.v_proj.weight"].any(1).nonzero().flatten().tolist() == [8]
-    assert changed["model.layers.1.self_attn.o_proj.weight"].any(0).nonzero().flatten().tolist() == [20]
+    assert changed["model.layers.1.self_attn.o_proj.weight"].any(0).nonzero().flatten().tolist() == [14]
 
 
 def test_an_error_in_the_block_leaves_an_ordinary_model() -> None:

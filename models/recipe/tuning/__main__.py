@@ -31,11 +31,12 @@ def main() -> None:
         "--store", type=Path, default=cache_root() / "tune" / "study", help="folder of the parts"
     )
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of results/ and images/")
+    parser.add_argument("--draws", type=int, default=Size.draws, help="random controls of a set of units")
     options = parser.parse_args()
     # Part of what makes a run repeatable.
     torch.set_num_threads(1)
     logging.disable_progress_bar()
-    found = Study(Material(options.data, options.lab, options.store, Size())).document()
+    found = Study(Material(options.data, options.lab, options.store, Size(draws=options.draws))).document()
     text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_whole(options.docs / "results" / "tune.json", lambda file: file.write(text.encode()))
     from models.recipe.tuning import figures, report

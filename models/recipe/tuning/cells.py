@@ -23,6 +23,10 @@ RATES: dict[str, float] = {
 """The papers' rates are for models a thousand times larger; these were chosen on dev prompts."""
 
 
+CONTROLLED = ("sn importance", "sn scu", "down rsn robust", "down freeze scu")
+"""What random units are tried for: sets of few units. Of a set that holds most units, one is like another."""
+
+
 def rate_of(cell: Cell) -> float:
     """Of a method, or of whatever is tuned downstream: protected and not, all alike."""
     return RATES["downstream" if cell.rows == "downstream" else cell.method]
@@ -66,11 +70,10 @@ def cells(draws: int) -> list[Cell]:
         cell._replace(name=f"{cell.name} random {seed}", seed=seed)
         for seed in range(draws)
         for cell in (*safer, *kept)
-        # The robust set is nearly the whole one: its control is that one's.
-        if cell.units and cell.name != "sn robust"
+        if cell.name in CONTROLLED
     ]
     alone = [Cell("sn importance, refusals alone", SFT, "sn", "refusals", "importance")]
-    return [*safer, *kept, *after, *random, *alone]
+    return [*safer, *kept, *random[: len(CONTROLLED)], *after, *alone, *random[len(CONTROLLED) :]]
 
 
 def options_of(cell: Cell, material: Material) -> TuneOptions:

@@ -57,7 +57,7 @@ def _panel(axes: Axes, models: Figures, rows: list[str]) -> None:
     first = True
     for place, name in zip(places, rows, strict=True):
         for other, model in models.items():
-            if other.startswith(f"{name} random"):
+            if other.startswith(f"{name} random "):
                 label = "harmful answered, random units" if first else None
                 axes.plot(100 * model["unsafe"]["rate"], place - 0.25, ".", color="0.5", label=label)
                 first = False

@@ -85,11 +85,10 @@ def _change(found: Figures) -> str:
 def _controls(document: Figures) -> str:
     made = []
     for name, found in document["controls"].items():
-        base = "sn importance" if name == "sn robust" else name
         drawn = [
             100 * model["unsafe"]["rate"]
             for other, model in document["models"].items()
-            if other.startswith(f"{base} random")
+            if other.startswith(f"{name} random ")
         ]
         made.append(
             (

@@ -130,12 +130,7 @@ class Study:
         return {**value, "change": interval((nats - before) / lengths)}
 
     def _draws(self, cell: Cell) -> list[Cell]:
-        base = "sn importance" if cell.name == "sn robust" else cell.name
-        return [
-            other
-            for other in self.cells.values()
-            if cell.seed is None and other.name.startswith(f"{base} random")
-        ]
+        return [other for other in self.cells.values() if other.name.startswith(f"{cell.name} random ")]
 
     def _controls(self, cell: Cell) -> dict[str, Any]:
         """Harmful requests that random units leave answered and the located ones do not, a share."""
