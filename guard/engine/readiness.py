@@ -47,6 +47,7 @@ class Readiness:
             label=card.label,
             thresholds=card.thresholds,
             patches=tuple(patch.name for patch in card.patches),
+            monitor=card.monitor,
             checks_shape=bool(card.prompt_tails),
             default=config.default,
             guard_version=__version__,
