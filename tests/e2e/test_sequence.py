@@ -202,21 +202,3 @@ class TestMonitor:
         answers = ask(llm, [grown[i][0] for i in order], params)
         for i, answer in zip(order, answers, strict=True):
             assert answer.tokens == (grown[i][1][:2] if i % 2 else grown[i][1])
-
-
-def test_engine_without_a_sequence_probe_refuses_to_be_asked_to_watch(tiny_bundle, keys):
-    from guard.engine.ledger import Ledger
-
-    ledger = Ledger(
-        tiny_bundle.card,
-        bundle="b",
-        dtype="float32",
-        default=REFUSE,
-        keys=keys,
-        audience="engine",
-    )
-    decision = REFUSE.model_copy(update={"monitor": Monitor(logit=0.0)})
-    sealed = Directive.issue(decision, audience="engine", body=b"").seal(keys)
-    ledger.self_test.passed = True
-    ledger.open("r", prompt=[1, 258], prompt_tokens=2, directive=sealed)
-    assert ledger.judge("r", 0.0).reason == "directive_no_monitor"
