@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -44,8 +45,13 @@ STAGES = (
     "self-test",
     "gateway sees it",
 )
+WAYS = {
+    "earlier": "*Earlier* is an older commit: three processes import the libraries in turn.",
+    "spawned": "*Spawned* is `VLLM_WORKER_MULTIPROC_METHOD=spawn`: three processes import them in turn.",
+}
 POLL = 0.05
-TIMEOUT = 240.0
+TIMEOUT = 600.0
+"""Seconds for one start, on a machine that is busy otherwise."""
 
 
 class Watched:
@@ -61,9 +67,9 @@ class Watched:
         for process in [self._root, *self._root.children(recursive=True)]:
             with contextlib.suppress(psutil.Error):
                 times = process.cpu_times()
-                self._cpu[process.pid] = times.user + times.system
                 # vLLM renames its processes after they were made.
                 self._seen[process.pid] = (process.create_time(), " ".join(process.cmdline()))
+                self._cpu[process.pid] = times.user + times.system
 
     def born(self, role: str) -> float | None:
         """When the first process of a role was made, in seconds since the epoch."""
@@ -179,6 +185,22 @@ def table(starts: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def page(document: dict[str, Any]) -> str:
+    """The whole page."""
+    starts, machine = document["starts"], document["machine"]
+    loads = [start["load"] for way in starts.values() for start in way]
+    runs, first = min(map(len, starts.values())), next(iter(starts))
+    text = f"""`python -m loadtests.startup`: {runs} warm starts each way, in turns, timed from the command to
+        the line that announces the endpoint; the target is 25 s. {WAYS[first]} Median (lowest to highest).
+        {document["cores"]} cores; load average {min(loads):.1f} to {max(loads):.1f} when a start was ready,
+        the starts themselves included; Python {machine["python"]}, vLLM {machine["vllm"]}, commit
+        {machine["commit"]}. Why it is so: [forked-processes](../decisions/forked-processes.md). Figures:
+        [startup.json](startup.json)."""
+    text = " ".join(text.split())
+    text = textwrap.fill(text, 120, break_long_words=False)
+    return f"# How long `make serve` takes\n\n{text}\n\n{table(starts)}"
+
+
 @click.command(help=__doc__)
 @click.option("--runs", default=5, show_default=True, help="starts of each way")
 @click.option(
@@ -186,17 +208,16 @@ def table(starts: dict[str, list[dict[str, Any]]]) -> str:
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="a checkout of an earlier commit to compare with, in place of this one with spawned processes",
 )
-@click.option("--out", type=click.Path(path_type=Path), default=Path("results/startup"), show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("docs/results"), show_default=True)
 def main(runs: int, earlier: Path | None, out: Path) -> None:
-    """Measure, and write JSON and the table after every start."""
+    """Measure, and write JSON and page after every start."""
     from loadtests.bench import machine
 
     out.mkdir(parents=True, exist_ok=True)
     compared = ways(earlier)
     starts: dict[str, list[dict[str, Any]]] = {name: [] for name in compared}
-    for name, (tree, environment) in compared.items():
-        click.echo(f"  {name}: once, not counted", err=True)
-        start(tree, environment)
+    click.echo("  now: once, not counted", err=True)
+    start(*compared["now"])  # from here on the files have been read
     for turn in range(runs):
         for name in list(compared)[:: 1 if turn % 2 == 0 else -1]:
             starts[name].append(start(*compared[name]))
@@ -204,7 +225,7 @@ def main(runs: int, earlier: Path | None, out: Path) -> None:
             if all(starts.values()):
                 document = {"starts": starts, "cores": os.cpu_count(), "machine": machine()}
                 (out / "startup.json").write_text(json.dumps(document, indent=1) + "\n")
-                (out / "startup.md").write_text(table(starts))
+                (out / "startup.md").write_text(page(document))
     click.echo(table(starts))
 
 

@@ -46,15 +46,21 @@ def test_table_holds_median_and_extremes_of_every_stage_and_process() -> None:
         cpu = dict.fromkeys([*startup.ROLES.values(), "others"], 0.5)
         return {
             "ready": ready,
+            "load": 1.0,
             "mebibytes": 100 * ready,
             "stages": stages,
             "cpu": {**cpu, "worker": ready / 4},
         }
 
-    lines = startup.table({"spawned": [made(40.0)], "now": [made(9.0), made(11.0), made(10.0)]}).splitlines()
+    starts = {"spawned": [made(40.0)], "now": [made(9.0), made(11.0), made(10.0)]}
+    lines = startup.table(starts).splitlines()
     assert lines[0] == "| seconds | spawned | now |"
     assert lines[2] == "| **ready** | 40.0 (40.0 to 40.0) | 10.0 (9.0 to 11.0) |"
     assert "| self-test | 1.0 (1.0 to 1.0) | 1.0 (1.0 to 1.0) |" in lines
     assert "| worker | 10.0 (10.0 to 10.0) | 2.5 (2.2 to 2.8) |" in lines
     assert "| **all** | 12.5 | 5.0 |" in lines
     assert lines[-1] == "| memory of all, MiB | 4000 | 1000 |"
+    machine = {"python": "3.11.7", "vllm": "0.32.0", "commit": "abc"}
+    page = startup.page({"starts": starts, "cores": 2, "machine": machine})
+    assert page.startswith("# How long `make serve` takes")
+    assert page.endswith(startup.table(starts))
