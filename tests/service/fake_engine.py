@@ -101,10 +101,8 @@ class FakeEngine:
         self.media_type: bytes | None = None
         self.before_headers = 0.0
         self.score: float | None = None
-        self.stops_after: int | None = None
-        """Tokens after which the monitor stops choices, where a directive orders one and enforces."""
-        self.stops: tuple[int, ...] | None = None
-        """Indices of the choices that it stops; None: all."""
+        self.stops_after: dict[int, int] = {}
+        """After how many tokens the monitor stops which choice, where a directive enforces one."""
         self.stop_reason: str | None = None
         """Of choices that end by themselves, as a client's own stop string would be."""
 
@@ -198,14 +196,14 @@ class FakeEngine:
     def _ends(self, body: dict[str, Any], directive: Directive) -> list[End]:
         watched = directive.decision.monitor is not None and directive.decision.mode == "enforce"
         return [
-            self._stopped(directive, self.stops_after)
-            if watched and self.stops_after is not None and (self.stops is None or index in self.stops)
+            self._stopped(directive, self.stops_after[index])
+            if watched and index in self.stops_after
             else End(stop_reason=self.stop_reason)
             for index in range(body.get("n") or 1)
         ]
 
     def _stopped(self, directive: Directive, tokens: int) -> End:
-        stop = Stop(nonce=directive.nonce, tokens=tokens, logit=2.5)
+        stop = Stop(nonce=directive.nonce, tokens=tokens, logit=2.5 + tokens)
         return End(tokens, stop.reason(self.keys))
 
     async def _send_stream(

@@ -34,10 +34,10 @@ class Word(BaseModel):
 async def watched(
     folder: Path, style: str = "message", text: str = "keep", more: str = "", **changes: Any
 ) -> AsyncIterator[World]:
-    """A gateway whose policy watches answers, before an engine that stops them after their first token."""
+    """A gateway whose policy watches answers, before an engine that stops the first two at once."""
     engine = FakeEngine()
     engine.status = a_status(monitor=a_monitor((0.01, 4)))
-    engine.stops_after = 1
+    engine.stops_after = {0: 1, 1: 1}
     refusal = f"refusal: {{style: {style}, text: '{SORRY}'}}"
     policy = f"policies: {{default: {{{more}monitor: {{fpr: 0.01, debounce: 4, text: {text}}}, {refusal}}}}}"
     async with world(folder, policy, engine=engine, **changes) as w:
@@ -182,7 +182,7 @@ async def test_of_several_choices_only_the_stopped_one_differs(
     body = (CHAT if path == CHATS else TEXT) | {"n": 3}
     ends = [End(), End(1), End()]
     async with watched(tmp_path, style, text) as w:
-        w.engine.stops = (1,)
+        w.engine.stops_after = {1: 1}
         answer = (await w.client.post(path, json=body)).json()
         plain = whole(body, ends)
         for index in (0, 2):
@@ -236,7 +236,7 @@ async def test_a_clients_own_stop_string_stops_nothing(
     """What a client has matched as its stop string comes back as it is, even a seal it has got hold of."""
     body = (CHAT if path == CHATS else TEXT) | {"stream": stream}
     async with watched(tmp_path, "content_filter", text) as w:
-        w.engine.stops_after = None
+        w.engine.stops_after = {}
         keys = w.engine.keys
         await w.client.post(path, json=body)
         earlier = w.engine.seen[0].directive.nonce
@@ -263,7 +263,7 @@ async def test_a_clients_own_stop_string_stops_nothing(
 @pytest.mark.parametrize("text", ["keep", "withdraw"])
 async def test_what_was_not_stopped_is_the_engines_bytes(text: str, stream: bool, tmp_path: Path) -> None:
     async with watched(tmp_path, "content_filter", text) as w:
-        w.engine.stops_after = None
+        w.engine.stops_after = {}
         body = CHAT | ({"n": 2} | STREAM if stream else {"n": 2})
         raw = await w.client.post(CHATS, json=body)
         ends = [End(), End()]
