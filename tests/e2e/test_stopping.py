@@ -54,9 +54,10 @@ def grown(reference, probed, everyday):
     for text in everyday[:16]:
         messages = [{"role": "user", "content": text}]
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-        whole = reference.model.generate(
-            torch.tensor([prompt]), do_sample=False, max_new_tokens=TOKENS, min_new_tokens=TOKENS
-        )[0].tolist()
+        whole = list(prompt)
+        for _ in range(TOKENS):  # whatever the token, the end among them
+            with torch.no_grad():
+                whole.append(int(reference.model(torch.tensor([whole])).logits[0, -1].argmax()))
         found[text] = probed.sequence.running(reference.features_of_all(whole[:-1]))[len(prompt) :]
     return found
 
