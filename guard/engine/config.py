@@ -25,6 +25,8 @@ from guard.sites import UnsupportedArchitectureError, shape_of
 from guard.verdict import Decision
 
 CONFIG_KEY = "neuronguard"
+ENTRIES_KEY = "neuronguard_entries"
+"""Beside a verdict on its way to the API server: how many requests the ledger holds."""
 WORKER = "guard.engine.worker.GuardWorker"
 SCHEDULER = "guard.engine.scheduler.guard_scheduler"
 MIDDLEWARE = "guard.engine.frontend.GuardMiddleware"

@@ -34,10 +34,26 @@ from guard.engine.answer import (
     read_body,
     stream_error,
 )
-from guard.engine.config import CONFIG_KEY, EXTRA_ARG, GuardConfig, audience_from_env, keyring_from_env
+from guard.engine.config import (
+    CONFIG_KEY,
+    ENTRIES_KEY,
+    EXTRA_ARG,
+    GuardConfig,
+    audience_from_env,
+    keyring_from_env,
+)
 from guard.engine.exchange import CURRENT, Admission, Exchange
 from guard.engine.ledger import STOPPING
-from guard.engine.metrics import CLOSED_ROUTES, DIRECTIVE_ERRORS, MISSING_VERDICTS, UNSCORED_SHAPES, VERDICTS
+from guard.engine.metrics import (
+    CLOSED_ROUTES,
+    DIRECTIVE_ERRORS,
+    EXCHANGES,
+    LEDGER,
+    MISSING_VERDICTS,
+    TASKS,
+    UNSCORED_SHAPES,
+    VERDICTS,
+)
 from guard.engine.readiness import Readiness
 from guard.engine.routes import JUDGED, is_open
 from guard.verdict import (
@@ -102,6 +118,7 @@ class Exchanges:
         for output in engine_core_outputs:
             params = output.kv_transfer_params
             if params is not None and CONFIG_KEY in params:
+                LEDGER.set(params.pop(ENTRIES_KEY, 0))
                 self._take(output.request_id, params.pop(CONFIG_KEY))
                 output.kv_transfer_params = params or None
         return self._process(engine_core_outputs, *args, **kwargs)
@@ -154,6 +171,9 @@ class GuardMiddleware:
         config = GuardConfig.of(engine_client.vllm_config)
         bundle = config.load_bundle()
         self._exchanges = Exchanges(engine_client.output_processor)
+        loop = asyncio.get_running_loop()
+        EXCHANGES.set_function(self._exchanges.__len__)
+        TASKS.set_function(lambda: len(asyncio.all_tasks(loop)))
         models = getattr(state, "openai_serving_models", None)
         adapters = models.lora_requests if models is not None else {}
         self._readiness = Readiness(

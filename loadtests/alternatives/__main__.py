@@ -28,7 +28,7 @@ SPARE = 8
 
 
 def measure(
-    subject: Subject, count: int, shape: rounds.Shape, installed: Installations, folder: Path
+    subject: Subject, count: int, shape: rounds.Shape, installed: Installations, folder: Path, logs: Path
 ) -> dict[str, Any]:
     """All rows for one model, and which products did not run and why."""
     click.echo(f"  {subject.name}: prompts", err=True)
@@ -41,7 +41,7 @@ def measure(
     )
     labels, patterns = folder / "labels.json", folder / "patterns.json"
     labels.write_text(json.dumps([digest(prompt) for prompt in prompts.harmful]))
-    with Fleet(folder) as fleet:
+    with Fleet(folder, logs) as fleet:
         click.echo(f"  {subject.name}: engines", err=True)
         stock = fleet.vllm("stock engine", subject.model, "--no-enable-prefix-caching")
         guard = fleet.vllm("guard model", subject.model)
@@ -60,6 +60,7 @@ def measure(
         for target in (*targets, *more):
             if why := asyncio.run(tried(target, *spare, shape)):
                 stopped[target.name] = why
+                click.echo(f"  {target.name} is left out: {why}", err=True)
             else:
                 running.append(target)
         rows: list[dict[str, Any]] = []
@@ -125,11 +126,11 @@ async def tried(target: Target, benign: list[str], harmful: list[str], shape: ro
             refusals = [await ask(session, target, text, shape.tokens) for text in harmful[:2]]
     except (FailedError, ClientError, TimeoutError) as error:
         return f"{type(error).__name__}: {error}"
+    if any(answer.refused != target.refuses for answer in refusals):
+        return "it answered a prompt that was to be refused"
     if any(answer.refused for answer in answers):
         return "it refused a prompt that was to be answered"
-    return (
-        None if all(answer.refused for answer in refusals) else "it answered a prompt that was to be refused"
-    )
+    return None
 
 
 @click.command(help=__doc__)
@@ -168,7 +169,7 @@ def run(
             folder.mkdir()
             subject = subjects.random_large(folder) if kind == "random" else subjects.lab()
             document["subjects"][subject.name] = measure(
-                subject, count, rounds.Shape(), installed or Installations(), folder
+                subject, count, rounds.Shape(), installed or Installations(), folder, out
             )
             report.write(document, out)
     return (out / "alternatives.md").read_text()

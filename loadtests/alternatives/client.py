@@ -25,6 +25,8 @@ class Target:
     extra: dict[str, Any] = field(default_factory=dict)
     """Further fields of the body."""
     model: str = "model"
+    refuses: bool = True
+    """Whether it is to refuse what is harmful; stock vLLM is not."""
 
 
 class Answer(NamedTuple):

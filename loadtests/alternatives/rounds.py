@@ -82,7 +82,7 @@ async def one(
         wall = loop.time() - began
         await asyncio.sleep(SETTLE)
         row["cpu"][part] = {name: group.cpu_seconds - before[name] for name, group in groups.items()}
-        row["wrong"] += sum(answer.refused != (part == "harmful") for answer in answers)
+        row["wrong"] += sum(answer.refused != (part == "harmful" and target.refuses) for answer in answers)
         row[part] = {"wall": wall, **shown(answers)}
     row["megabytes"] = {name: group.megabytes for name, group in groups.items()}
     return row

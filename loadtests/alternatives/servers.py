@@ -49,8 +49,9 @@ def policies() -> dict[str, Any]:
 class Fleet:
     """Everything that runs, and how to start more of it. A context manager; what it started ends with it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, logs: Path) -> None:
         self.folder = folder
+        self._logs = logs
         self.groups: dict[str, Group] = {}
         self._stack = contextlib.ExitStack()
 
@@ -65,7 +66,7 @@ class Fleet:
     ) -> Server:
         """Start a server on a free port, wait for it, and enter its processes as a group."""
         port = _free_port()
-        log = self.folder / f"{group.replace(' ', '-')}.log"
+        log = self._logs / f"{group.replace(' ', '-')}.log"
         environment |= {"NEURONGUARD_PORT": str(port)}
         server = self._stack.enter_context(running(command(port), port, ready, log, **environment))
         self.groups[group] = Group(server.pid)
@@ -80,11 +81,11 @@ class Fleet:
 
         return self.start(group, command, "/health", **ENVIRONMENT).url
 
-    def guarded(self, model: Path, bundle: Path) -> tuple[str, str]:
-        """A guarded vLLM and a gateway in front of it; returns both URLs."""
+    def guarded(self, model: Path, bundle: Path, served: dict[str, Any] | None = None) -> tuple[str, str]:
+        """A guarded vLLM and a gateway in front of it; returns both URLs. ``served`` is a policy file."""
         keys, policy_file = self.folder / "keys", self.folder / "policies.yaml"
         Keyring.generate().save(keys)
-        policy_file.write_text(yaml.safe_dump(policies()))
+        policy_file.write_text(yaml.safe_dump(served or policies()))
 
         def command(port: int) -> list[str]:
             own = ["--model", str(model), "--bundle", str(bundle), "--key-file", str(keys)]
@@ -128,7 +129,7 @@ def own_alternatives(fleet: Fleet, urls: dict[str, str], labels: Path, patterns:
     scan = fleet.proxy("output_scan", "scanning proxy", generate=stock, patterns=str(patterns), chunk=CHUNK)
     ours = ("guarded engine", "gateway")
     return [
-        Target("stock vLLM", stock, ("stock engine",)),
+        Target("stock vLLM", stock, ("stock engine",), refuses=False),
         Target("this guard", gateway, ours, bearer),
         Target("two phases, two engines", two, (*ours, "stock engine", "two-phase proxy")),
         Target("two phases, one engine", one, (*ours, "one-engine proxy")),

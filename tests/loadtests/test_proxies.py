@@ -129,7 +129,7 @@ async def open_stream(session: ClientSession, url: str, prompt: str = BENIGN) ->
 
 async def until(there: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
-        while not there():
+        while not there():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
 
