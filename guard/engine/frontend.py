@@ -118,7 +118,7 @@ class Exchanges:
         for output in engine_core_outputs:
             params = output.kv_transfer_params
             if params is not None and CONFIG_KEY in params:
-                LEDGER.set(params.pop(ENTRIES_KEY, 0))
+                LEDGER.set(params.pop(ENTRIES_KEY))
                 self._take(output.request_id, params.pop(CONFIG_KEY))
                 output.kv_transfer_params = params or None
         return self._process(engine_core_outputs, *args, **kwargs)

@@ -136,9 +136,24 @@ async def tried(target: Target, benign: list[str], harmful: list[str], shape: ro
 @click.command(help=__doc__)
 @click.option("--rounds", "count", default=10, show_default=True)
 @click.option("--subject", "names", multiple=True, type=click.Choice(["random", "lab"]), help="default: both")
-@click.option("--litellm", type=click.Path(path_type=Path), help=Installations.litellm.__doc__ or "")
-@click.option("--nemo", type=click.Path(path_type=Path))
-@click.option("--llm-guard", type=click.Path(path_type=Path))
+@click.option(
+    "--litellm",
+    type=click.Path(path_type=Path),
+    envvar="NEURONGUARD_LITELLM",
+    help="the command litellm of an installation of litellm[proxy]",
+)
+@click.option(
+    "--nemo",
+    type=click.Path(path_type=Path),
+    envvar="NEURONGUARD_NEMO",
+    help="the command nemoguardrails of an installation of nemoguardrails[server]",
+)
+@click.option(
+    "--llm-guard",
+    type=click.Path(path_type=Path),
+    envvar="NEURONGUARD_LLM_GUARD",
+    help="the Python of an installation of llm-guard and aiohttp",
+)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("results/bench"), show_default=True)
 def main(
     count: int,

@@ -12,6 +12,7 @@ class Group:
     """A server and its descendants, as they are now: vLLM's engine core is a child of its API server."""
 
     def __init__(self, pid: int) -> None:
+        self.pid = pid
         self._parent = psutil.Process(pid)
 
     def _members(self) -> Iterator[psutil.Process]:

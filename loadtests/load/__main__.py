@@ -113,16 +113,36 @@ def _cpu(groups: dict[str, Group], names: list[str]) -> float:
 
 @click.command(help=__doc__)
 @click.option(
-    "--guidellm", "guide", type=click.Path(path_type=Path), help="the command; without it: no sweep"
+    "--guidellm",
+    "guide",
+    type=click.Path(path_type=Path),
+    envvar="NEURONGUARD_GUIDELLM",
+    help="the command; without it: no sweep",
 )
-@click.option("--locust", type=click.Path(path_type=Path), help="the command; without it: no mix")
+@click.option(
+    "--locust",
+    type=click.Path(path_type=Path),
+    envvar="NEURONGUARD_LOCUST",
+    help="the command; without it: no mix",
+)
 @click.option("--seconds", default=10.0, show_default=True, help="for each rate, and for each run of the mix")
 @click.option(
     "--sweep", default=4, show_default=True, help="rates of a sweep, the least and the most included"
 )
 @click.option("--out", type=click.Path(path_type=Path), default=Path("results/load"), show_default=True)
 def main(guide: Path | None, locust: Path | None, seconds: float, sweep: int, out: Path) -> None:
-    """Measure, and write ``load.json``, ``load.md`` and ``load.png``."""
+    """Measure and print the tables."""
+    click.echo(run(guide, locust, seconds, sweep, out))
+
+
+def run(
+    guide: Path | None,
+    locust: Path | None,
+    seconds: float = 10.0,
+    sweep: int = 4,
+    out: Path = Path("results/load"),
+) -> str:
+    """Measure, write ``load.json``, ``load.md`` and ``load.png`` into ``out``, and return the second."""
     from loadtests.bench import machine
 
     out.mkdir(parents=True, exist_ok=True)
@@ -133,7 +153,7 @@ def main(guide: Path | None, locust: Path | None, seconds: float, sweep: int, ou
     (out / "load.md").write_text(report.tables(found))
     if found["guidellm"]:
         report.picture(found, out / "load.png")
-    click.echo(report.tables(found))
+    return report.tables(found)
 
 
 if __name__ == "__main__":
