@@ -38,6 +38,7 @@ from guard.engine.config import (
     CONFIG_KEY,
     ENTRIES_KEY,
     EXTRA_ARG,
+    STOP_KEY,
     GuardConfig,
     audience_from_env,
     keyring_from_env,
@@ -50,6 +51,8 @@ from guard.engine.metrics import (
     EXCHANGES,
     LEDGER,
     MISSING_VERDICTS,
+    STOP_TOKENS,
+    STOPS,
     TASKS,
     UNSCORED_SHAPES,
     VERDICTS,
@@ -121,6 +124,9 @@ class Exchanges:
                 LEDGER.set(params.pop(ENTRIES_KEY))
                 self._take(output.request_id, params.pop(CONFIG_KEY))
                 output.kv_transfer_params = params or None
+            if params is not None and STOP_KEY in params:
+                self._count(output.request_id, params.pop(STOP_KEY))
+                output.kv_transfer_params = params or None
         return self._process(engine_core_outputs, *args, **kwargs)
 
     def _take(self, request_id: str, text: str) -> None:
@@ -132,6 +138,13 @@ class Exchanges:
             VERDICTS.labels(verdict.action, verdict.mode, exchange.source).inc()
             if verdict.unscored_shape:
                 UNSCORED_SHAPES.labels(verdict.action, exchange.source).inc()
+
+    def _count(self, request_id: str, told: dict[str, Any]) -> None:
+        exchange = self._of.get(request_id)
+        source = exchange.source if exchange is not None else "direct"
+        STOPS.labels(told["outcome"], source).inc()
+        if told["tokens"] is not None:
+            STOP_TOKENS.observe(told["tokens"])
 
 
 class GuardMiddleware:
