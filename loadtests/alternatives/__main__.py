@@ -36,7 +36,7 @@ def measure(
         subject.model,
         subject.bundle,
         folder / "bundle",
-        int(1.2 * count * (shape.benign + shape.busy)) + 2 * SPARE,
+        int(1.4 * count * (shape.benign + shape.busy)) + 2 * SPARE,
         count * shape.harmful + SPARE,
     )
     labels, patterns = folder / "labels.json", folder / "patterns.json"
@@ -50,8 +50,7 @@ def measure(
         target = Target("stock vLLM", stock, ("stock engine",))
         found, prompts = asyncio.run(cut_patterns(target, prompts, shape.tokens))
         patterns.write_text(json.dumps(found))
-        if len(prompts.benign) < count * (shape.benign + shape.busy) + SPARE:
-            raise click.ClickException("too many answers begin alike for the scanner of answers")
+        count = min(count, (len(prompts.benign) - SPARE) // (shape.benign + shape.busy))
         click.echo(f"  {subject.name}: proxies", err=True)
         targets = own_alternatives(fleet, urls, labels, patterns)
         more, stopped = start_products(fleet, urls, labels, prompts, installed)
@@ -184,7 +183,7 @@ def run(
             folder.mkdir()
             subject = subjects.random_large(folder) if kind == "random" else subjects.lab()
             document["subjects"][subject.name] = measure(
-                subject, count, rounds.Shape(), installed or Installations(), folder, out
+                subject, count, subjects.SHAPES[kind], installed or Installations(), folder, out
             )
             report.write(document, out)
     return (out / "alternatives.md").read_text()

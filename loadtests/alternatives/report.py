@@ -36,11 +36,18 @@ def tables(subjects: dict[str, Any]) -> str:
     """Markdown: the figures, where the time goes, where the CPU time goes."""
     lines: list[str] = []
     for name, subject in subjects.items():
-        lines += [f"### {name}", "", *_main(subject["figures"]), "", *_stages(subject["figures"])]
+        lines += [f"### {name}", "", *_asked(subject), *_main(subject["figures"]), ""]
+        lines += _stages(subject["figures"])
         lines += ["", *_cpu(subject["figures"]), ""]
         lines += [f"{product} did not run: {why}." for product, why in subject["stopped"].items()]
         lines += [""] if subject["stopped"] else []
     return "\n".join(lines)
+
+
+def _asked(subject: dict[str, Any]) -> list[str]:
+    asked = subject["shape"]
+    said = f"{subject['rounds']} rounds of {asked['benign']} benign and {asked['harmful']} harmful prompts"
+    return [f"{said}, and {asked['busy']} benign ones, {asked['at_once']} at a time.", ""]
 
 
 def _main(found: dict[str, Any]) -> list[str]:

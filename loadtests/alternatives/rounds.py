@@ -23,14 +23,14 @@ SETTLE = 0.1
 class Shape(NamedTuple):
     """What one round asks of each alternative."""
 
-    benign: int = 4
+    benign: int
     """Requests one after another."""
-    harmful: int = 4
+    harmful: int
     """The same, of those that are to be refused."""
-    busy: int = 8
+    busy: int
     """Benign requests in the part with several clients."""
     at_once: int = 8
-    tokens: int = 24
+    tokens: int = 20
     """Longest answer."""
 
 

@@ -10,9 +10,12 @@ from safetensors.torch import load_file, save_file
 from guard.bundle import Bundle
 from guard.lab import resolve
 from loadtests import grid, random_model
+from loadtests.alternatives.rounds import Shape
 from loadtests.batches import batches
 
 LARGE = "12 × 768"
+SHAPES = {"random": Shape(benign=3, harmful=3, busy=8), "lab": Shape(benign=8, harmful=8, busy=16)}
+"""What is asked of each of the two in a round: the lab model is ten times as fast."""
 UNITS = 1200
 
 

@@ -42,13 +42,11 @@ def page(document: dict[str, Any], images: str) -> str:
         "",
     ]
     if shape:
-        asked = shape["shape"]
         lines += [
             "## Beside the alternatives",
             "",
-            f"{shape['rounds']} rounds; in each, every alternative gets {asked['benign']} benign and "
-            f"{asked['harmful']} harmful prompts one after another, then {asked['busy']} benign ones "
-            f"{asked['at_once']} at a time, {asked['tokens']} tokens an answer at most.",
+            "In each round, every alternative gets benign and harmful prompts one after another, then benign "
+            "ones eight at a time, for tokens and CPU time; at most 20 tokens an answer. The order rotates.",
             "",
             f"![Ratios to stock vLLM]({images}/speed-alternatives.png)",
             "",
@@ -62,8 +60,8 @@ def page(document: dict[str, Any], images: str) -> str:
 
 
 @click.command(help=__doc__)
-@click.option("--rounds", default=10, show_default=True, help="beside the alternatives")
-@click.option("--seconds", default=10.0, show_default=True, help="for each rate and each run of the mix")
+@click.option("--rounds", default=7, show_default=True, help="beside the alternatives")
+@click.option("--seconds", default=8.0, show_default=True, help="for each rate and each run of the mix")
 @click.option("--litellm", type=click.Path(path_type=Path), envvar="NEURONGUARD_LITELLM")
 @click.option("--nemo", type=click.Path(path_type=Path), envvar="NEURONGUARD_NEMO")
 @click.option("--llm-guard", type=click.Path(path_type=Path), envvar="NEURONGUARD_LLM_GUARD")

@@ -110,7 +110,12 @@ class TestFigures:
         assert stages(rows, "benign") == {"check": 3.0}
 
     def test_the_tables_name_every_alternative_and_what_did_not_run(self, tmp_path):
-        subject = {"rows": ROWS, "stopped": {"LLM Guard": "no installation was named"}}
+        subject = {
+            "rows": ROWS,
+            "stopped": {"LLM Guard": "no installation was named"},
+            "rounds": 6,
+            "shape": SHAPE._asdict(),
+        }
         report.write({"subjects": {"some model": subject}}, tmp_path)
         text = (tmp_path / "alternatives.md").read_text()
         assert "| it | 200 [200, 200] |" in text
