@@ -81,7 +81,9 @@ class Fleet:
 
         return self.start(group, command, "/health", **ENVIRONMENT).url
 
-    def guarded(self, model: Path, bundle: Path, served: dict[str, Any] | None = None) -> tuple[str, str]:
+    def guarded(
+        self, model: Path, bundle: Path, *flags: str, served: dict[str, Any] | None = None
+    ) -> tuple[str, str]:
         """A guarded vLLM and a gateway in front of it; returns both URLs. ``served`` is a policy file."""
         keys, policy_file = self.folder / "keys", self.folder / "policies.yaml"
         Keyring.generate().save(keys)
@@ -89,7 +91,7 @@ class Fleet:
 
         def command(port: int) -> list[str]:
             own = ["--model", str(model), "--bundle", str(bundle), "--key-file", str(keys)]
-            return [sys.executable, "-m", "guard.engine", *own, *FLAGS, "--port", str(port)]
+            return [sys.executable, "-m", "guard.engine", *own, *FLAGS, *flags, "--port", str(port)]
 
         engine = self.start("guarded engine", command, "/guard/status", **ENVIRONMENT).url
         gateway = self.start(

@@ -65,8 +65,9 @@ def measure(
     data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts.benign))
     found: dict[str, Any] = {"guidellm": {}, "mix": {}, "cpu_ms_per_request": {}}
     with Fleet(folder, out) as fleet:
-        stock = fleet.vllm("stock engine", subject.model)
-        _, gateway = fleet.guarded(subject.model, bundle, policies())
+        # Prompts come again and again: a cache would be warmer for whoever is asked later.
+        stock = fleet.vllm("stock engine", subject.model, "--no-enable-prefix-caching")
+        _, gateway = fleet.guarded(subject.model, bundle, "--no-enable-prefix-caching", served=policies())
         urls = {"off": stock, "observe": gateway, "enforce": gateway}
         server = guidellm.Server(stock, "none", "model", subject.model)
         rate = None
@@ -74,17 +75,10 @@ def measure(
             key = keys(mode)[0]
             if guide is not None:
                 click.echo(f"  GuideLLM, {mode}", err=True)
+                rates = guidellm.Rates(seconds, sweep, rate)
                 at = server._replace(url=url, key=key)
-
-                def run(kind: str, at: guidellm.Server = at, mode: str = mode) -> list[dict[str, Any]]:
-                    file = folder / f"{mode}-{kind.partition(',')[0]}.json"
-                    return guidellm.run(guide, at, f"kind={kind}", seconds, data, TOKENS, file)
-
-                swept = run(f"sweep,sweep_size={sweep}")
-                # Half of what the first of the three takes at the most.
-                rate = rate or max(r["requests_per_second"] for r in swept) / 2
-                constant = run(f"constant,rate={rate:.2f}")
-                found["guidellm"][mode] = {"sweep": swept, "constant": constant}
+                found["guidellm"][mode] = ran = guidellm.sweep(guide, at, rates, data, TOKENS, out / mode)
+                rate = rate or max(r["requests_per_second"] for r in ran["sweep"]) / 2
             if locust is not None:
                 groups = ["stock engine"] if mode == "off" else ["guarded engine", "gateway"]
                 found["mix"][mode] = {}

@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import bootstrap
 
+AT_ONCE = 32
+"""Requests at one time in a sweep, at most: twice as many as the engines run."""
+
 
 class Server(NamedTuple):
     """Where GuideLLM sends its requests."""
@@ -25,15 +28,52 @@ class Server(NamedTuple):
     tokenizer: Path
 
 
+class Rates(NamedTuple):
+    """What to run."""
+
+    seconds: float
+    """For each rate."""
+    steps: int
+    """Of the sweep, the least and the most included."""
+    constant: float | None
+    """Requests a second; None: half of the most that the sweep finds."""
+
+
+def sweep(
+    command: Path, server: Server, rates: Rates, data: Path, tokens: int, out: Path
+) -> dict[str, list[dict[str, Any]]]:
+    """A sweep, and one constant rate. ``out`` is a folder for GuideLLM's own reports."""
+    out.mkdir(parents=True, exist_ok=True)
+
+    def ran(profile: str, name: str) -> list[dict[str, Any]]:
+        return run(command, server, profile, rates.seconds, data, tokens, out / f"{name}.json")
+
+    swept = ran(f"kind=sweep,sweep_size={rates.steps},max_concurrency={AT_ONCE}", "sweep")
+    rate = rates.constant or max(figures["requests_per_second"] for figures in swept) / 2
+    return {"sweep": swept, "constant": ran(f"kind=constant,rate={rate:.2f}", "constant")}
+
+
 def run(
     command: Path, server: Server, profile: str, seconds: float, data: Path, tokens: int, out: Path
 ) -> list[dict[str, Any]]:
-    """Run one profile, as ``kind=…,…``; returns what was measured at each of its rates."""
+    """Run one profile, as ``kind=…,…``; returns what was measured at each of its rates.
+
+    ``out`` is where GuideLLM writes its report. Raises subprocess.SubprocessError; the log is beside it.
+    """
+    backend = {
+        "kind": "openai_http",
+        "target": server.url,
+        "model": server.model,
+        "api_key": server.key,
+        "max_tokens": tokens,
+        "http2": False,
+        "validate_backend": False,
+        # It would ask for usage in every frame, an extension of vLLM's that the gateway does not take.
+        "extras": {"body": {"stream_options": None}},
+    }
     arguments = [
         *(str(command), "run", "--disable-console"),
-        "--backend",
-        f"kind=openai_http,target={server.url},model={server.model},api_key={server.key},max_tokens={tokens},"
-        "http2=false,validate_backend=false",
+        *("--backend", json.dumps(backend)),
         *("--profile", profile),
         *("--constraint", f"kind=max_duration,seconds={seconds}"),
         *("--tokenizer", f"kind=huggingface_auto,model={server.tokenizer}"),
