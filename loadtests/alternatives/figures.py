@@ -51,7 +51,7 @@ FIGURES: dict[str, Statistic] = {
 }
 
 
-def interval(statistic: Callable[[Any], float], rounds: int, resamples: int = 2000) -> dict[str, float]:
+def interval(statistic: Callable[[Any], float], rounds: int, resamples: int = 1000) -> dict[str, float]:
     """``statistic`` of a list of round numbers, with its 95 % percentile bootstrap interval, seeded."""
     numbers = np.arange(rounds)
     value = statistic(numbers)

@@ -41,13 +41,13 @@ def engine(tmp_path: Path) -> Iterator[str]:
 async def soaked(url: str, pid: int, seconds: float) -> Result:
     traffic = Traffic(url, MODEL, ["hello", "good morning"], [HARMFUL], KEYS, pause=0.02)
     watch = Watch({"gateway": pid}, {"gateway": f"{url}/metrics"})
-    return await soak(traffic, watch, seconds, clients=4, interval=0.4, warm=3.0, megabytes=8.0)
+    return await soak(traffic, watch, seconds, clients=4, interval=0.4, warm=2.0, megabytes=8.0)
 
 
 async def test_the_gateway_keeps_nothing_of_its_requests(engine: str, tmp_path: Path) -> None:
     files = {"policy_file": str(tmp_path / "policies.yaml")}
     with gateway_process(tmp_path, engine, tmp_path / "keys", **files) as gateway:
-        result = await soaked(gateway.url, gateway.child.pid, 16.0)
+        result = await soaked(gateway.url, gateway.child.pid, 12.0)
     assert result.problems == []
     kinds = {kind.split()[0] for kind in result.counts}
     assert kinds >= {"whole", "stream", "refused", "check", "left", "gone", "slow", "malformed", "stranger"}
@@ -68,7 +68,7 @@ async def test_a_gateway_that_leaks_is_found_out(engine: str, tmp_path: Path) ->
     command = [sys.executable, "-m", "tests.loadtests.leaking_gateway"]
     with process(command, environment, log) as child:
         wait_until(f"{url}/readyz", child, log, 120.0)
-        result = await soaked(url, child.pid, 8.0)
+        result = await soaked(url, child.pid, 6.0)
     leaks = {problem.partition(": ")[2].partition(":")[0] for problem in result.problems}
     assert leaks == {"MB", "files", "tasks"}
 
