@@ -74,6 +74,9 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 VERDICT_DEADLINE_ENV = "NEURONGUARD_VERDICT_DEADLINE"
 """Seconds after which a directed request without a verdict is given up; 300 by default."""
 
+STOPPING_SIGNAL = signal.SIGUSR1
+"""Sent some seconds before SIGTERM, so that gateways send no more requests: docs/operations.md."""
+
 SELF_TEST_FAILED = threading.Event()
 """Set in this process when the self-test failed; the launcher turns it into its exit status."""
 
@@ -192,7 +195,14 @@ class GuardMiddleware:
         self._readiness = Readiness(
             engine_client, config, bundle.card, self._audience, adapters, config.signed_by(bundle)
         )
-        self._self_test = asyncio.get_running_loop().create_task(self._run_self_test(self._readiness))
+        loop = asyncio.get_running_loop()
+        self._self_test = loop.create_task(self._run_self_test(self._readiness))
+        if threading.current_thread() is threading.main_thread():
+            loop.add_signal_handler(STOPPING_SIGNAL, self._stopping, self._readiness)
+
+    def _stopping(self, readiness: Readiness) -> None:
+        logger.info("told by a signal that the engine will be stopped: gateways are told by its status")
+        readiness.set("stopping", "it will be stopped")
 
     async def _run_self_test(self, readiness: Readiness) -> None:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 from guard import __version__
 from guard.bundle import GuardCard
@@ -15,7 +15,7 @@ from guard.engine.exchange import CURRENT, Exchange
 from guard.engine.metrics import show
 from guard.engine.selftest import failure
 from guard.engine.support import can_watch
-from guard.verdict import EngineStatus
+from guard.verdict import EngineState, EngineStatus
 
 
 class Readiness:
@@ -63,8 +63,10 @@ class Readiness:
         ranks = engine_client.vllm_config.parallel_config.data_parallel_size
         self._ranks = (None,) if ranks == 1 else tuple(range(ranks))
 
-    def set(self, state: Literal["starting", "ready", "failed"], detail: str) -> None:
-        """Change the state; ``detail`` is a sentence for people."""
+    def set(self, state: EngineState, detail: str) -> None:
+        """Change the state; ``detail`` is a sentence for people. What is stopping is never ready again."""
+        if self.status.state == "stopping" and state == "ready":
+            return
         self.status = self.status.model_copy(update={"state": state, "detail": detail})
         show(self.status)
 
