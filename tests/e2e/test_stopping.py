@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 
 import httpx
+import numpy as np
 import openai
 import pytest
+import torch
 
+from guard.bundle import Bundle
 from guard.monitor import STOPPED, MonitorThreshold
 from guard.pooling import Pooling
 from loadtests.random_model import with_sequence_probe
@@ -26,18 +29,60 @@ POLICIES = {
     "withdraw": _PASS | {"monitor": _AT_ONCE | {"text": "withdraw"}, "refusal": {"style": "error"}},
     "never": _PASS | {"monitor": {"fpr": 0.01, "debounce": 1, "text": "withdraw"}},
     "observe": _PASS | {"monitor": _AT_ONCE, "mode": "observe"},
+    "between": _PASS | {"monitor": {"fpr": 0.01, "debounce": 2}, "refusal": {"style": "content_filter"}},
 }
+TOKENS = 24
+"""Of the answers that some of the scores stop."""
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 9}
 TEXT = {"model": "tiny", "prompt": "hello there", "max_tokens": 9}
-EXACT = {"temperature": 0.0, "ignore_eos": True}
+EXACT = {"top_k": 1, "ignore_eos": True}  # of greedy answers vLLM gives one only
 
 
 @pytest.fixture(scope="module")
-def watching(tiny_bundle, tiny_model, reference, key_file, tmp_path_factory):
+def probed(tiny_bundle, reference):
+    return with_sequence_probe(
+        tiny_bundle, reference, Pooling(kind="rolling", window=4), world.prompts(30, seed=71)
+    )
+
+
+@pytest.fixture(scope="module")
+def grown(reference, probed, everyday):
+    """``{message: pooled score after each token of its answer but the last}``, by transformers."""
+    from transformers import AutoTokenizer
+
+    tokenizer, found = AutoTokenizer.from_pretrained(reference.model.name_or_path), {}
+    for text in everyday[:16]:
+        messages = [{"role": "user", "content": text}]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        whole = list(prompt)
+        for _ in range(TOKENS):  # whatever the token, the end among them
+            with torch.no_grad():
+                whole.append(int(reference.model(torch.tensor([whole])).logits[0, -1].argmax()))
+        found[text] = probed.sequence.running(reference.features_of_all(whole[:-1]))[len(prompt) :]
+    return found
+
+
+@pytest.fixture(scope="module")
+def between(grown):
+    """A limit that no score lies near, with some answers on both sides of it."""
+    values = np.sort(np.concatenate(list(grown.values())))
+    upper = values[int(0.6 * len(values)) : int(0.9 * len(values))]
+    gap = int(np.argmax(np.diff(upper)))
+    return MonitorThreshold(
+        false_positive_rate=0.01,
+        debounce=2,
+        logit=float((upper[gap] + upper[gap + 1]) / 2),
+        answers=9,
+        upper95=0.3,
+    )
+
+
+@pytest.fixture(scope="module")
+def watching(probed, between, tiny_model, key_file, tmp_path_factory):
     """A guarded server whose bundle has a monitor, and a gateway with a policy of each kind."""
     folder = tmp_path_factory.mktemp("stopping")
-    pooling, prompts = Pooling(kind="rolling", window=4), world.prompts(30, seed=71)
-    bundle = with_sequence_probe(tiny_bundle, reference, pooling, prompts, (ALWAYS, NEVER))
+    card = probed.card.model_copy(update={"monitor": (ALWAYS, NEVER, between)})
+    bundle = Bundle(card, probed.probe, probed.patches.values())
     keys = [
         {"sha256": hashlib.sha256(name.encode()).hexdigest(), "tenant": "tests", "policy": name}
         for name in POLICIES
@@ -73,6 +118,26 @@ def test_a_stopped_answer_is_the_beginning_of_the_whole_one(post, body):
     assert STOPPED not in stopped.text
     assert [choice["finish_reason"] for choice in stopped.json()["choices"]] == ["content_filter"] * 2
     assert stopped.json()["usage"]["completion_tokens"] == 6
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_end_where_the_offline_scores_say(watching, grown, between, stream):
+    cuts = {}
+    for text, values in grown.items():
+        counts = [bool((values[i : i + 2] >= between.logit).all()) for i in range(TOKENS - 2)]
+        cuts[text] = counts.index(True) + 2 if True in counts else TOKENS
+    assert 2 <= sum(cut < TOKENS for cut in cuts.values()) < len(cuts)
+    more = {"max_tokens": TOKENS, "temperature": 0.0, "extra_body": {"ignore_eos": True}, "stream": stream}
+    if stream:
+        more["stream_options"] = {"include_usage": True}
+    with openai.OpenAI(base_url=f"{watching.gateway}/v1", api_key="between", max_retries=0) as client:
+        for text, cut in cuts.items():
+            messages = [{"role": "user", "content": text}]
+            answer = client.chat.completions.create(model="tiny", messages=messages, **more)
+            parts = list(answer) if stream else [answer]
+            (reason,) = {c.finish_reason for part in parts for c in part.choices} - {None}
+            assert reason == ("length" if cut == TOKENS else "content_filter")
+            assert parts[-1].usage.completion_tokens == cut
 
 
 @pytest.mark.parametrize("name", ["keep", "plain"])
