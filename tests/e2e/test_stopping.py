@@ -106,7 +106,8 @@ def post(watching):
 
 
 def said(answer):
-    return [choice.get("text") or choice["message"]["content"] for choice in answer.json()["choices"]]
+    choices = answer.json()["choices"]
+    return [choice["text"] if "text" in choice else choice["message"]["content"] for choice in choices]
 
 
 @pytest.mark.parametrize("body", [CHAT, TEXT], ids=["chat", "text"])

@@ -103,6 +103,8 @@ class FakeEngine:
         self.score: float | None = None
         self.stops_after: dict[int, int] = {}
         """After how many tokens the monitor stops which choice, where a directive enforces one."""
+        self.rewrite: Callable[[list[bytes]], list[bytes]] = lambda frames: frames
+        """What becomes of the frames of a stream."""
         self.stop_reason: str | None = None
         """Of choices that end by themselves, as a client's own stop string would be."""
 
@@ -214,7 +216,7 @@ class FakeEngine:
         await send(
             {"type": "http.response.start", "status": 200, "headers": [(b"content-type", media_type), *extra]}
         )
-        for part in self.stream if self.stream is not None else stream_of(body, ends):
+        for part in self.stream if self.stream is not None else self.rewrite(stream_of(body, ends)):
             if isinstance(part, threading.Event):
                 await asyncio.to_thread(part.wait, 20)
             elif isinstance(part, float):

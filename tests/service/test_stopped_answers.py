@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from guard.monitor import STOPPED, Stop
 from guard.sealed import Keyring
 from tests.service.answers import CHATS, TEXT, TEXTS, error_of
-from tests.service.fake_answers import SECRET, TOKENS, End, stream_of, whole
+from tests.service.fake_answers import SECRET, TOKENS, End, stream_of, together, whole
 from tests.service.fake_engine import CHAT, MODEL, FakeEngine, a_monitor, a_status
 from tests.service.world import World, world
 
@@ -199,6 +199,20 @@ async def test_of_several_choices_only_the_stopped_one_differs(
         assert mine[-1]["finish_reason"] == REASONS[style]
         for shown in (answer["choices"][1], mine):
             assert (TOKENS[0] in json.dumps(shown)) == (text == "keep")
+
+
+@pytest.mark.parametrize("text", ["keep", "withdraw"])
+async def test_choices_that_share_a_frame_are_told_apart(text: str, tmp_path: Path) -> None:
+    async with watched(tmp_path, "content_filter", text) as w:
+        w.engine.stops_after, w.engine.rewrite = {1: 1}, together
+        frames = chunks_of((await w.client.post(CHATS, json=CHAT | {"stream": True, "n": 2})).text)
+        said, refused, ended = ["", ""], ["", ""], ["", ""]
+        for choice in (choice for frame in frames for choice in frame["choices"]):
+            said[choice["index"]] += choice["delta"].get("content") or ""
+            refused[choice["index"]] += choice["delta"].get("refusal") or ""
+            ended[choice["index"]] += choice["finish_reason"] or ""
+        assert said == [SECRET, TOKENS[0] if text == "keep" else ""]
+        assert (refused, ended) == (["", SORRY], ["stop", "content_filter"])
 
 
 @pytest.mark.parametrize("stream", [False, True])
