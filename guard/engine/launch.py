@@ -11,6 +11,7 @@ import argparse
 import gc
 import os
 import secrets
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -166,6 +167,8 @@ def _verify(bundle: Bundle, args: Any) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the server until it is told to stop; returns the exit status."""
+    # Until the server handles it, the word that it will be stopped must not end it.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     options, rest = guard_arguments().parse_known_args(arguments)
     if options.key_file:
         os.environ[KEY_FILE_ENV] = options.key_file
