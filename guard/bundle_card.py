@@ -29,6 +29,7 @@ _PROBES = {
     "linear": "logistic regression",
     "mlp": "network with one hidden layer",
     "product": "P(harmful prompt) times P(the model complies), a logistic regression each",
+    "sequence": "logistic regression at every token, pooled",
 }
 
 

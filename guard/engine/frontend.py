@@ -34,10 +34,25 @@ from guard.engine.answer import (
     read_body,
     stream_error,
 )
-from guard.engine.config import CONFIG_KEY, EXTRA_ARG, GuardConfig, audience_from_env, keyring_from_env
+from guard.engine.config import (
+    CONFIG_KEY,
+    EXTRA_ARG,
+    STOP_KEY,
+    GuardConfig,
+    audience_from_env,
+    keyring_from_env,
+)
 from guard.engine.exchange import CURRENT, Admission, Exchange
 from guard.engine.ledger import STOPPING
-from guard.engine.metrics import CLOSED_ROUTES, DIRECTIVE_ERRORS, MISSING_VERDICTS, UNSCORED_SHAPES, VERDICTS
+from guard.engine.metrics import (
+    CLOSED_ROUTES,
+    DIRECTIVE_ERRORS,
+    MISSING_VERDICTS,
+    STOP_TOKENS,
+    STOPS,
+    UNSCORED_SHAPES,
+    VERDICTS,
+)
 from guard.engine.readiness import Readiness
 from guard.engine.routes import JUDGED, is_open
 from guard.verdict import (
@@ -107,6 +122,9 @@ class Exchanges:
             if params is not None and CONFIG_KEY in params:
                 self._take(output.request_id, params.pop(CONFIG_KEY))
                 output.kv_transfer_params = params or None
+            if params is not None and STOP_KEY in params:
+                self._count(output.request_id, params.pop(STOP_KEY))
+                output.kv_transfer_params = params or None
         return self._process(engine_core_outputs, *args, **kwargs)
 
     def _take(self, request_id: str, text: str) -> None:
@@ -118,6 +136,13 @@ class Exchanges:
             VERDICTS.labels(verdict.action, verdict.mode, exchange.source).inc()
             if verdict.unscored_shape:
                 UNSCORED_SHAPES.labels(verdict.action, exchange.source).inc()
+
+    def _count(self, request_id: str, told: dict[str, Any]) -> None:
+        exchange = self._of.get(request_id)
+        source = exchange.source if exchange is not None else "direct"
+        STOPS.labels(told["outcome"], source).inc()
+        if told["tokens"] is not None:
+            STOP_TOKENS.observe(told["tokens"])
 
 
 class GuardMiddleware:

@@ -8,6 +8,7 @@ a failed self-test ends in exit status 3.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import secrets
 import signal
@@ -32,6 +33,7 @@ from guard.engine.config import (
     verify_served_model,
 )
 from guard.engine.errors import GuardStartupError
+from guard.engine.forking import keep_fork
 from guard.engine.support import is_set
 from guard.verdict import Decision, Rule
 
@@ -189,6 +191,10 @@ def _serve(args: argparse.Namespace) -> int:
     server = compat.server_parts()
     server.cli_env_setup()
     server.configure_logging(args)
+    keep_fork()
+    # Modules stay: no collection of this process or of one forked from it need look at them again.
+    gc.freeze()
+    gc.enable()
     try:
         uvloop.run(server.run_server(args))
     except KeyboardInterrupt:

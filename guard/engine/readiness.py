@@ -14,6 +14,7 @@ from guard.engine.errors import GuardStartupError
 from guard.engine.exchange import CURRENT, Exchange
 from guard.engine.metrics import show
 from guard.engine.selftest import failure
+from guard.engine.support import can_watch
 from guard.verdict import EngineState, EngineStatus
 
 
@@ -47,6 +48,7 @@ class Readiness:
             label=card.label,
             thresholds=card.thresholds,
             patches=tuple(patch.name for patch in card.patches),
+            monitor=card.monitor if can_watch(card, engine_client.vllm_config) else (),
             checks_shape=bool(card.prompt_tails),
             default=config.default,
             guard_version=__version__,
