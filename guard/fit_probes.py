@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ from guard.probe import BoolArray, fit_probe
 from guard.reference import ScoreReference
 from guard.scorer import Scorer, product_logit
 from guard.select import SHARE, Selector, select_stable, selector
+from guard.sequence import SequenceScorer
 from guard.sites import ModelShape
 from guard.stats import wilson
 from guard.units import Units, columns_within, count, from_columns, owners, within_layers
@@ -36,6 +37,7 @@ from guard.verdict import Threshold
 logger = logging.getLogger(__name__)
 
 IntArray = NDArray[np.int64]
+AnyProbe = TypeVar("AnyProbe", Scorer, SequenceScorer)
 STACKED = "all, stacked"
 STAGE_PROMPTS = 50
 """Fewest harmful prompts that the model refuses, and that it answers, for a probe of which it will do."""
@@ -64,14 +66,27 @@ class Fitting:
     shape: ModelShape
 
 
+class Probed(NamedTuple, Generic[AnyProbe]):
+    """A probe, and how it was chosen."""
+
+    units: Units
+    columns: IntArray
+    """Where its features stand among those that were read."""
+    probe: AnyProbe
+    choice: Choice
+    held_out: Float32Array
+    """Logit ``[n]`` of each prompt to fit on, by a probe that did not see its source."""
+    about: dict[str, Any]
+
+
 @dataclass(frozen=True)
-class Fitted:
+class Fitted(Generic[AnyProbe]):
     """A fitted probe before it is measured and packed."""
 
     units: Units
     columns: IntArray
     """Where its features stand among those that were read."""
-    probe: Scorer
+    probe: AnyProbe
     choice: Choice
     thresholds: tuple[Threshold, ...]
     calibration: Calibration
@@ -83,7 +98,7 @@ class Fitted:
     """The scores of benign threshold prompts and, held out, of the fit's harmful ones."""
 
 
-def fit_probes(fitting: Fitting, benign: Role, settings: FitSettings) -> Fitted:
+def fit_probes(fitting: Fitting, benign: Role, settings: FitSettings) -> Fitted[Scorer]:
     """The whole of it. Raises FitError, ProbeError or CalibrationError."""
     options = _options(fitting, settings)
     harmful = fitting.role.seen.harmful
@@ -91,9 +106,9 @@ def fit_probes(fitting: Fitting, benign: Role, settings: FitSettings) -> Fitted:
     choices = {name: _choose(fitting, units, target, settings) for name, units in options.items()}
     name = best_of(choices)
     choice, units = choices[name], options[name]
-    about: dict[str, Any] = {"sources_left_out": _left_out(choice)}
+    about: dict[str, Any] = {"sources_left_out": left_out(choice)}
     if len(options) > 1:
-        about["layers"] = {"chosen": name, **{key: _left_out(each) for key, each in choices.items()}}
+        about["layers"] = {"chosen": name, **{key: left_out(each) for key, each in choices.items()}}
         logger.info("layers: %s", name)
     if (select := _selector(units, fitting.shape, settings)) is not None:
         units, about["selection"] = _select(fitting, units, target, select, settings)
@@ -106,15 +121,34 @@ def fit_probes(fitting: Fitting, benign: Role, settings: FitSettings) -> Fitted:
     else:
         probe = fit_probe(features, target, strength=choice.strength, family=settings.family)
         held_out = choice.held_out
+    calm = probe.logits(benign.features[:, columns])
+    return finished(
+        fitting, Probed(units, columns, probe, choice, held_out, about), calm, benign.seen, settings
+    )
+
+
+def finished(
+    fitting: Fitting,
+    probed: Probed[AnyProbe],
+    calm: Float32Array,
+    benign: Observations,
+    settings: FitSettings,
+) -> Fitted[AnyProbe]:
+    """Calibrated, with thresholds and reference; ``calm`` ``[m]`` are the logits of ``benign``.
+
+    Raises CalibrationError.
+    """
+    about, held_out = dict(probed.about), probed.held_out
     calibrate = fit_isotonic if settings.calibration == "isotonic" else fit_platt
     calibration = calibrate(held_out, fitting.positive)
     if fitting.hard.any():
         about["hard_negatives"] = _hard_negatives(fitting, held_out)
-    calm = probe.logits(benign.features[:, columns])
-    thresholds, omitted, about["thresholds"] = _thresholds(calm, benign.seen, calibration, settings)
+    thresholds, omitted, about["thresholds"] = _thresholds(calm, benign, calibration, settings)
+    harmful = fitting.role.seen.harmful
     reference = make_reference(
-        *(_stated(logits, calibration) for logits in (calm[~benign.seen.harmful], held_out[harmful]))
+        *(_stated(logits, calibration) for logits in (calm[~benign.harmful], held_out[harmful]))
     )
+    units, columns, probe, choice = probed[:4]
     return Fitted(units, columns, probe, choice, thresholds, calibration, omitted, about, reference)
 
 
@@ -138,6 +172,12 @@ def _options(fitting: Fitting, settings: FitSettings) -> dict[str, Units]:
         alone = {f"layer {layer}": within_layers(fitting.read, [layer]) for layer in layers}
         return {STACKED: fitting.read, **alone}
     return {STACKED: fitting.read}
+
+
+def units_of_layers(fitting: Fitting, settings: FitSettings) -> tuple[str, Units]:
+    """The units of the layers that were named, and what they are called. Raises FitError."""
+    ((name, units),) = _options(fitting, settings).items()
+    return name, units
 
 
 def _selector(units: Units, shape: ModelShape, settings: FitSettings) -> Selector | None:
@@ -218,13 +258,13 @@ def _product(
     second[asked] = comply.held_out
     held_out = product_logit(slopes[0] * harm.held_out + offsets[0], slopes[1] * second + offsets[1])
     about = {
-        "harmful_prompt": _left_out(harm),
-        "complies": {"answered": answered, "refused": refused, **_left_out(comply)},
+        "harmful_prompt": left_out(harm),
+        "complies": {"answered": answered, "refused": refused, **left_out(comply)},
     }
     return product, held_out, about
 
 
-def _left_out(choice: Choice) -> dict[str, Any]:
+def left_out(choice: Choice) -> dict[str, Any]:
     """Figures of sources that were left out, mean and worst first."""
     return {
         "folds": choice.folds,
