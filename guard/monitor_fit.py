@@ -45,7 +45,19 @@ def monitor_thresholds(
     calm = zip(benign.tokens, benign.harmful, strict=True)
     prompts = [tokens for tokens, harmful in calm if not harmful and len(tokens) <= room]
     answers = greedy_answers(subject, prompts, new_tokens)
-    seen = [scores for scores in watched(subject, probe, units, prompts, answers) if len(scores)]
+    seen = watched(subject, probe, units, prompts, answers)
+    found, omitted = limits(seen)
+    about = {
+        "answers": len(seen),
+        "tokens": new_tokens,
+        "median_tokens": float(np.median([len(scores) for scores in seen])) if seen else None,
+        "omitted": omitted,
+    }
+    return found, about
+
+
+def limits(seen: Sequence[Float32Array]) -> tuple[tuple[MonitorThreshold, ...], list[str]]:
+    """A limit for each rate and debounce, of what a monitor saw of benign answers; why some are left out."""
     found, omitted = [], []
     for rate in RATES:
         if len(seen) < prompts_needed(rate):
@@ -71,13 +83,7 @@ def monitor_thresholds(
                     upper95=clopper_pearson(stopped, len(seen)).high,
                 )
             )
-    about = {
-        "answers": len(seen),
-        "tokens": new_tokens,
-        "median_tokens": float(np.median([len(scores) for scores in seen])) if seen else None,
-        "omitted": omitted,
-    }
-    return tuple(found), about
+    return tuple(found), omitted
 
 
 def greedy_answers(subject: Subject, prompts: Sequence[Tokens], new_tokens: int) -> list[Tokens]:

@@ -118,7 +118,7 @@ def outputs(
         kept = subject.cache.array("token-outputs", key)
         if kept is None or kept.shape != (sum(lengths), len(weight)):
             each: list[Float32Array] = [np.empty(0, np.float32)] * len(chunk)
-            for index, activations in _read(subject, chunk, units):
+            for index, activations in _kept_or_read(subject, chunk, units):
                 each[index] = np.asarray(activations @ weight.T + bias, dtype=np.float32)
             kept = np.concatenate(each)
             subject.cache.keep_array("token-outputs", key, kept)
@@ -147,6 +147,17 @@ def refuse_reader(subject: Subject) -> None:
             "a sequence probe reads every token of a prompt, and --capture engine reads the last one only; "
             "use --capture transformers"
         )
+
+
+def _kept_or_read(
+    subject: Subject, prompts: Sequence[Tokens], units: Units
+) -> Iterator[tuple[int, Float32Array]]:
+    """What ``token_activations`` has kept, if it has; else the model is run and nothing is kept."""
+    kept = subject.cache.array("token-activations", _key(subject, prompts, units), mapped=True)
+    if kept is None:
+        yield from _read(subject, prompts, units)
+    else:
+        yield from enumerate(np.split(kept, np.cumsum([len(prompt) for prompt in prompts])[:-1]))
 
 
 def _read(subject: Subject, prompts: Sequence[Tokens], units: Units) -> Iterator[tuple[int, Float32Array]]:

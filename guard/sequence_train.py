@@ -21,7 +21,9 @@ from guard.sequence import SequenceScorer
 from guard.sequence_loss import losses
 from guard.sequence_scores import TokenActivations
 
-EPOCHS = 12
+EPOCHS = 8
+LEAST_STEPS = 400
+"""Few prompts are gone over more often than ``EPOCHS`` times."""
 BATCH = 128
 """Prompts in a step."""
 RATE = 3e-3
@@ -61,10 +63,12 @@ def train(
     pooling: Pooling,
     *,
     seed: int = 0,
-    epochs: int = EPOCHS,
+    epochs: int | None = None,
 ) -> list[SequenceScorer]:
     """One probe for each problem, on raw activations; ``positive`` ``[n]``. Raises ProbeError."""
     standard = standard_of(activations)
+    a_round = -(-len(activations) // BATCH)
+    epochs = epochs or max(EPOCHS, -(-LEAST_STEPS // a_round))
     weights = np.stack([_weights(problem.rows, positive) for problem in problems], axis=1)
     penalty = torch.tensor(
         [1 / (2 * problem.strength * problem.rows.sum()) for problem in problems], dtype=torch.float32
@@ -73,8 +77,7 @@ def train(
     weight, bias = _start(pooling, len(problems), activations.features, seed)
     mean, scale = (torch.from_numpy(part.astype(np.float32)) for part in standard)
     optimiser = torch.optim.Adam([weight, bias], lr=RATE)
-    steps = epochs * -(-len(activations) // BATCH)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * a_round)
     for _ in range(epochs):
         order = draws.permutation(len(activations))
         for start in range(0, len(order), BATCH):

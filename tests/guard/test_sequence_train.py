@@ -21,7 +21,7 @@ KINDS = (
 
 
 def _hidden(number: int, seed: int) -> tuple[TokenActivations, np.ndarray]:
-    """Noise of odd means and scales; in positives a direction shows on six tokens in a row, not at the end."""
+    """Noise of odd means and scales; in positives a direction shows on six tokens, not at the end."""
     random = np.random.default_rng(seed)
     direction = np.random.default_rng(99).normal(size=FEATURES)
     positive = np.arange(number) % 2 == 0
@@ -80,7 +80,8 @@ def test_the_same_seed_gives_the_same_probe() -> None:
         train(fit, positive, [Problem(_every(60), 1e-2)], KINDS[3], epochs=2, seed=seed)[0]
         for seed in (0, 0, 1)
     )
-    assert np.array_equal(a.weight, b.weight) and np.array_equal(a.bias, b.bias)
+    assert np.array_equal(a.weight, b.weight)
+    assert np.array_equal(a.bias, b.bias)
     assert not np.array_equal(a.weight, c.weight)
 
 
