@@ -18,9 +18,10 @@ from guard import baselines, evaluate, self_test
 from guard.bundle import Bundle, DataFile, GuardCard
 from guard.data import Dataset
 from guard.fit_plan import Plan, prepare
-from guard.fit_probes import Fitted, Fitting, Role, fit_probes
+from guard.fit_probes import fit_probes
 from guard.fit_sequence import compare_sequence, fit_sequence
 from guard.fit_settings import FitError, FitSettings
+from guard.fitting import Fitted, Fitting, Role
 from guard.groups import requests
 from guard.leave_out import choose_strength
 from guard.monitor import MonitorThreshold

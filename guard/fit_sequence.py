@@ -13,8 +13,9 @@ import numpy as np
 
 from guard import evaluate
 from guard.baselines import Scores, columns, words
-from guard.fit_probes import Fitted, Fitting, Probed, finished, left_out, units_of_layers
+from guard.fit_probes import left_out, units_of_layers
 from guard.fit_settings import FitError, FitSettings
+from guard.fitting import Fitted, Fitting, Probed, finished
 from guard.leave_out import Choice, best_strength, choose_strength, folds_of, need_elsewhere, splits
 from guard.observe import Observations, Subject
 from guard.pooling import Pooling

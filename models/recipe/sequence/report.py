@@ -51,7 +51,8 @@ def markdown(document: Figures, cost: Figures | None) -> str:
         f"{answers['unsafe']['answers']} answers to harmful test requests that the model does not refuse, "
         f"{answers['benign']['answers']} to benign ones, at most {answers['tokens']} tokens long. Limits "
         f"were set on answers to {answers['set_on']} benign threshold prompts, for 1 % of them. *Let "
-        f"through*: the {answers['missed']} of the unsafe answers whose request the guard of the last token does not flag.",
+        f"through*: the {answers['missed']} of the unsafe answers whose request the guard of the last token "
+        "does not flag.",
         _answers(answers),
         "## What it costs in the engine",
         *_cost(cost),
