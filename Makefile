@@ -7,7 +7,7 @@ ARGS   ?=
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help env serve test fuzz lint format bench bundle detection sequence-results locate patch-results compat dashboards clean
+.PHONY: help env serve test fuzz lint format bench bundle detection sequence-results locate patch-results compat dist sbom dashboards clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,8 +18,8 @@ env:  ## make or complete the environment in .venv
 serve: env  ## start a guarded endpoint on HOST:PORT (127.0.0.1:8080)
 	@exec $(PY) -m guard.serve --host $(HOST) --port $(PORT) $(ARGS)
 
-test: env  ## run the whole suite
-	OMP_NUM_THREADS=1 $(PY) -m pytest --durations=15 $(ARGS)
+test: env  ## run the whole suite, two files at a time
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 $(ARGS)
 
 fuzz: env  ## look for inputs that break the decoders, a minute each; needs the extra fuzz
 	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz $(ARGS)
@@ -55,6 +55,13 @@ patch-results: env  ## measure what patches do to the lab twins; NEURONGUARD_DAT
 
 compat: env  ## run the engine's tests on every version of vLLM; ARGS=0.30 for one, ARGS=--signatures for none
 	$(PY) scripts/compat.py $(ARGS)
+
+dist: env  ## build wheel, source archive and chart into dist
+	$(PY) -m build --no-isolation --outdir dist .
+	.venv/bin/helm package deploy/helm --destination dist
+
+sbom: env  ## list what the images are made of, as CycloneDX, into dist; ARGS=engine for the engine's
+	$(PY) scripts/sbom.py $(ARGS)
 
 dashboards: env  ## write Grafana's dashboards anew from deploy/dashboards
 	$(PY) -m deploy.dashboards

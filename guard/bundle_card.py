@@ -29,8 +29,8 @@ FORM = "<!-- neuronguard bundle card, form 1 -->"
 _PROBES = {
     "linear": "logistic regression",
     "mlp": "network with one hidden layer",
-    "sequence": "logistic regression at every token",
     "product": "P(harmful prompt) times P(the model complies), a logistic regression each",
+    "sequence": "logistic regression at every token",
 }
 
 

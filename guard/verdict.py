@@ -272,10 +272,14 @@ class Threshold(_Wire):
     """Upper end of the 95 % interval of the true false-positive rate."""
 
 
+EngineState = Literal["starting", "ready", "stopping", "failed"]
+"""``stopping``: it still answers, and will soon be told to stop; requests should go elsewhere."""
+
+
 class EngineStatus(_Wire):
     """Body of ``GET /guard/status``. HTTP 200 when ``state`` is ``ready``, else 503."""
 
-    state: Literal["starting", "ready", "failed"]
+    state: EngineState
     detail: str
     audience: str
     model: str

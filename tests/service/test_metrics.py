@@ -39,6 +39,8 @@ NAMES = {
     "guard_test_refusals",
     "guard_upstream_retries",
     "guard_judge_seconds",
+    "guard_answers_stopped",
+    "guard_answer_stopped_after_tokens",
 }
 
 
