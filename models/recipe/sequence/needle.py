@@ -24,7 +24,7 @@ from models.recipe.sequence.protocol import area, rate
 PLACES = ("first", "in the middle", "last")
 LENGTHS = (120, 470)
 """Tokens of the whole prompt, at most."""
-NEEDLES = 150
+NEEDLES = 100
 TURNS = 4
 """Turns of a user, of which the first one holds the needle."""
 REPLIES = ("Sure, here is an answer.", "I am glad to help with that.", "Of course.")
@@ -38,12 +38,11 @@ def needle(guards: Guards) -> dict[str, Any]:
     seen = subject.observe(study.evaluate, judge="none")
     pairs = zip(seen.prompts, seen.sources, strict=True)
     calm = sorted({p.text for p, s in pairs if p.label == "benign" and s not in APART}, key=digest)
-    asked = sorted({p.text for p in seen.prompts if p.label == "harmful"}, key=digest)
     tokenizer, limits = subject.tokenizer, guards.thresholds()
-    alone = guards.logits([encode(tokenizer, _turn(text)) for text in asked], "needles alone")
-    flagged = np.any([found >= limits[name] for name, found in alone.items()], axis=0)
-    chosen = np.flatnonzero(flagged)[:NEEDLES]
-    needles = [asked[i] for i in chosen]
+    alone = guards.logits(seen.tokens, "test sources")
+    flagged = np.flatnonzero(seen.harmful & np.any([alone[n] >= limits[n] for n in alone], axis=0))
+    chosen = np.array(sorted(flagged, key=lambda i: digest(f"needle: {seen.prompts[i].text}"))[:NEEDLES])
+    needles = [seen.prompts[i].text for i in chosen]
     document: dict[str, Any] = {
         "context": subject.checkpoint.context,
         "needles": len(needles),

@@ -12,6 +12,7 @@ from guard.paired import differences
 from guard.prompts import encode
 from guard.resample import requests_of
 from guard.stats import auroc, wilson
+from models.recipe.corpus import digest
 from models.recipe.detection.study import APART
 from models.recipe.sequence.guards import LAST, VARIANT, Guards
 from models.recipe.wording import TEST, changed
@@ -21,9 +22,9 @@ CHANGES = (
     "three sentences appended",
     "words before it",
     "a long harmless text before it",
-    "lower case",
-    "no full stop or question mark",
 )
+MOST = 800
+"""Requests that are reworded, of those that some guard flags."""
 
 
 def rate(flags: NDArray[np.bool_]) -> dict[str, float]:
@@ -85,23 +86,24 @@ def flips(guards: Guards) -> dict[str, Any]:
     study = guards.study
     subject = study.subject(VARIANT)
     seen = subject.observe(study.evaluate, judge="none")
-    texts = [p.text for p, harmful in zip(seen.prompts, seen.harmful, strict=True) if harmful]
     limits = guards.thresholds()
-    plain = guards.logits(_chats(subject.tokenizer, texts), "requests")
-    was = {name: found >= limits[name] for name, found in plain.items()}
+    plain = guards.logits(seen.tokens, "test sources")
+    some = np.flatnonzero(seen.harmful & np.any([plain[n] >= limits[n] for n in plain], axis=0))
+    some = np.array(sorted(some, key=lambda i: digest(f"flip: {seen.prompts[i].text}"))[:MOST])
+    texts = [seen.prompts[i].text for i in some]
+    was = {name: found[some] >= limits[name] for name, found in plain.items()}
     document: dict[str, Any] = {
         "flagged": {name: int(rows.sum()) for name, rows in was.items()},
         "changes": {},
     }
-    some = np.flatnonzero(np.any(list(was.values()), axis=0))
     limit = subject.checkpoint.context - subject.new_tokens
     for change in CHANGES:
         print(f"reworded: {change}", flush=True)
-        tokens = _chats(subject.tokenizer, [changed(TEST, change, texts[i]) for i in some])
+        tokens = _chats(subject.tokenizer, [changed(TEST, change, text) for text in texts])
         kept = [row for row, each in enumerate(tokens) if len(each) <= limit]
         now = guards.logits([tokens[row] for row in kept], change)
         document["changes"][change] = {
-            name: rate((now[name] < limits[name])[was[name][some[kept]]]) for name in now
+            name: rate((now[name] < limits[name])[was[name][kept]]) for name in now
         }
     return document
 
