@@ -53,7 +53,9 @@ class Guards:
                 # One reading of the threshold prompts for all four.
                 calm = subject.observe(self.study.threshold, judge="none")
                 token_activations(subject, calm.tokens, found[LAST].card.sites, "threshold")
-                fit_bundle(subject, settings, self.study.fit, self.study.threshold).save(folder)
+                # As the shipped bundle: without what nearly equals a test prompt.
+                fit = self.study.fitted_on(VARIANT, self.study.fit)
+                fit_bundle(subject, settings, fit, self.study.threshold).save(folder)
             found[name] = Bundle.load(folder)
         return found
 
