@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from guard.bundle import Bundle
 from guard.cache import digest_of
+from guard.data import Dataset
 from guard.fit import fit_bundle
 from guard.pooling import Pooling, pool, running
 from guard.prompts import Tokens
@@ -40,6 +41,11 @@ class Guards:
     study: Study
 
     @cached_property
+    def fit(self) -> Dataset:
+        """What the shipped bundle is fitted on: without what nearly equals a test prompt."""
+        return self.study.fitted_on(VARIANT, self.study.fit)
+
+    @cached_property
     def bundles(self) -> dict[str, Bundle]:
         """Each is fitted as `neuronguard fit` does it, and kept."""
         found, subject = {LAST: self.study.bundle(VARIANT)}, self.study.subject(VARIANT)
@@ -53,9 +59,7 @@ class Guards:
                 # One reading of the threshold prompts for all four.
                 calm = subject.observe(self.study.threshold, judge="none")
                 token_activations(subject, calm.tokens, found[LAST].card.sites, "threshold")
-                # As the shipped bundle: without what nearly equals a test prompt.
-                fit = self.study.fitted_on(VARIANT, self.study.fit)
-                fit_bundle(subject, settings, fit, self.study.threshold).save(folder)
+                fit_bundle(subject, settings, self.fit, self.study.threshold).save(folder)
             found[name] = Bundle.load(folder)
         return found
 
