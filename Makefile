@@ -7,7 +7,7 @@ ARGS   ?=
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help env serve test fuzz lint format bench bundle detection sequence-results locate patch-results compat dist sbom dashboards clean
+.PHONY: help env serve test fuzz lint format bench bundle detection sequence-results locate patch-results compat dist sbom dashboards clean tune-results
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ sequence-results: env  ## measure sequence probes beside the lab guard; NEURONGU
 
 locate: env  ## run the four methods on the lab twins anew; NEURONGUARD_DATA names the data folder
 	$(PY) -m models.recipe.locate $(ARGS)
+
+tune-results: env  ## measure what tuning by units does to the lab models; NEURONGUARD_DATA names the data folder
+	$(PY) -m models.recipe.tuning $(ARGS)
 
 patch-results: env  ## measure what patches do to the lab twins; NEURONGUARD_DATA names the data folder
 	$(PY) -m models.recipe.patching $(ARGS)
