@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import time
 
 import httpx
 import openai
@@ -111,3 +114,52 @@ def test_actions_differ_under_the_adapter(expected):
     answers = [{tuple(p): bad for p, bad in expected[name]} for name in ("tiny", "tuned")]
     shared = answers[0].keys() & answers[1].keys()
     assert any(answers[0][prompt] != answers[1][prompt] for prompt in shared)
+
+
+async def test_an_engine_core_that_is_killed_takes_its_server_along_and_nothing_is_answered_without_it(
+    parallel, expected
+):
+    """One of two ranks. The last test of this engine."""
+    core = servers.descendant(servers.server_process(parallel.engine), "VLLM::EngineCore_DP1")
+    safe, unsafe = (next(p for p, bad in expected["tiny"] if bad == wanted) for wanted in (False, True))
+    long = {"max_tokens": 300, "extra_body": {"min_tokens": 300, "ignore_eos": True}}
+    async with openai.AsyncOpenAI(
+        base_url=f"{parallel.gateway}/v1", api_key=API_KEYS["message"], max_retries=0, timeout=120
+    ) as client:
+
+        async def streamed():
+            count = 0
+            async for _ in await client.completions.create(model="tiny", prompt=safe, stream=True, **long):
+                count += 1
+                begun.release()
+            return count
+
+        async def whole():
+            return await client.completions.create(model="tiny", prompt=safe, **long)
+
+        begun = asyncio.Semaphore(0)
+        under_way = [asyncio.create_task(each) for each in (streamed(), streamed(), whole(), whole())]
+        for _ in range(4):
+            await asyncio.wait_for(begun.acquire(), 60)
+        os.kill(core, signal.SIGKILL)
+        ended = await asyncio.wait_for(asyncio.gather(*under_way, return_exceptions=True), 120)
+        assert [isinstance(each, openai.APIError) for each in ended] == [True] * 4, ended
+        assert {each.status_code for each in ended[2:]} <= {502, 503}
+
+    def ask(prompt):
+        auth = {"authorization": f"Bearer {API_KEYS['message']}"}
+        body = {"model": "tiny", "prompt": prompt, "max_tokens": 4}
+        return httpx.post(f"{parallel.gateway}/v1/completions", json=body, headers=auth, timeout=90)
+
+    deadline = time.monotonic() + 60
+    while httpx.get(f"{parallel.gateway}/readyz", timeout=10).status_code == 200:
+        # The other rank may be faster than the news; then it refuses as ever.
+        answer = ask(unsafe)
+        assert answer.status_code in (502, 503, 504) or answer.headers["x-guard-action"] == "refuse"
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.2)
+    answer = ask(safe)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_not_ready")
+    assert metric(parallel.gateway, "guard_upstream_up") == 0
+    assert metric(parallel.gateway, "guard_bypass_total") == 0
+    assert metric(parallel.gateway, "guard_errors_total", stage="stream", outcome="closed") == 2
