@@ -7,7 +7,7 @@ ARGS   ?=
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help env serve test fuzz lint format bench bundle detection locate patch-results compat dashboards clean
+.PHONY: help env serve test fuzz lint format bench bundle detection redteam locate patch-results compat audit dashboards clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ bundle: env  ## fit and evaluate the lab model's bundle anew; NEURONGUARD_DATA n
 detection: env  ## measure the lab guard by the whole protocol; NEURONGUARD_DATA names the data folder
 	$(PY) -m models.recipe.detection $(ARGS)
 
+redteam: env  ## attack the lab guard, refit it, attack it again; NEURONGUARD_DATA names the data folder
+	$(PY) -m loadtests.redteam $(ARGS)
+
 locate: env  ## run the four methods on the lab twins anew; NEURONGUARD_DATA names the data folder
 	$(PY) -m models.recipe.locate $(ARGS)
 
@@ -52,6 +55,9 @@ patch-results: env  ## measure what patches do to the lab twins; NEURONGUARD_DAT
 
 compat: env  ## run the engine's tests on every version of vLLM; ARGS=0.30 for one, ARGS=--signatures for none
 	$(PY) scripts/compat.py $(ARGS)
+
+audit: env  ## ask for known vulnerabilities of what is installed; needs pip-audit and a network
+	$(PY) scripts/audit.py
 
 dashboards: env  ## write Grafana's dashboards anew from deploy/dashboards
 	$(PY) -m deploy.dashboards

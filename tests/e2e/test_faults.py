@@ -1,8 +1,8 @@
 """What faults of a real engine look like to a client: too small a pool, a hang, processes that are killed.
 
 One engine for nearly all of them, on a copy of the bundle, with few blocks and its worker in a process of its
-own. The tests run in their order: one ends it by its worker, and the next starts another one in its place, to end
-that by its API server. What comes of a killed engine core is in `test_parallel_server.py`.
+own. The tests run in their order: one ends it by its worker, and the next starts another one in its place, to
+end that by its API server. What comes of a killed engine core is in `test_parallel_server.py`.
 """
 
 from __future__ import annotations
@@ -87,9 +87,11 @@ def doomed(tiny_model, tiny_bundle_dir, key_file, tmp_path_factory):
     url, log = f"http://127.0.0.1:{port}", folder / "engine.log"
     # Long ones, for busy machines, except for the verdict of a stream, which one test waits for in vain.
     times = {"verdict_timeout": "5", "answer_timeout": "200", "idle_timeout": "100", "status_timeout": "10"}
-    with engine(tiny_model, bundle, key_file, port, log) as child:
-        with gateway_process(folder, url, key_file, **times) as gateway:
-            yield Doomed(url, child, bundle, gateway)
+    with (
+        engine(tiny_model, bundle, key_file, port, log) as child,
+        gateway_process(folder, url, key_file, **times) as gateway,
+    ):
+        yield Doomed(url, child, bundle, gateway)
 
 
 @pytest.fixture(scope="module")

@@ -116,12 +116,35 @@ def test_actions_differ_under_the_adapter(expected):
     assert any(answers[0][prompt] != answers[1][prompt] for prompt in shared)
 
 
-async def test_an_engine_core_that_is_killed_takes_its_server_along_and_nothing_is_answered_without_it(
+def test_an_engine_core_that_is_killed_takes_its_server_along_and_nothing_is_answered_without_it(
     parallel, expected
 ):
     """One of two ranks. The last test of this engine."""
-    core = servers.descendant(servers.server_process(parallel.engine), "VLLM::EngineCore_DP1")
     safe, unsafe = (next(p for p, bad in expected["tiny"] if bad == wanted) for wanted in (False, True))
+    asyncio.run(killed_while_it_answers(parallel, safe))
+
+    def ask(prompt):
+        auth = {"authorization": f"Bearer {API_KEYS['message']}"}
+        body = {"model": "tiny", "prompt": prompt, "max_tokens": 4}
+        return httpx.post(f"{parallel.gateway}/v1/completions", json=body, headers=auth, timeout=90)
+
+    deadline = time.monotonic() + 60
+    while httpx.get(f"{parallel.gateway}/readyz", timeout=10).status_code == 200:
+        # The other rank may be faster than the news; then it refuses as ever.
+        answer = ask(unsafe)
+        assert answer.status_code in (502, 503, 504) or answer.headers["x-guard-action"] == "refuse"
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    answer = ask(safe)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_not_ready")
+    assert metric(parallel.gateway, "guard_upstream_up") == 0
+    assert metric(parallel.gateway, "guard_bypass_total") == 0
+    assert metric(parallel.gateway, "guard_errors_total", stage="stream", outcome="closed") == 2
+
+
+async def killed_while_it_answers(parallel, safe):
+    """Two streams and two whole answers are under way."""
+    core = servers.descendant(servers.server_process(parallel.engine), "VLLM::EngineCore_DP1")
     long = {"max_tokens": 300, "extra_body": {"min_tokens": 300, "ignore_eos": True}}
     async with openai.AsyncOpenAI(
         base_url=f"{parallel.gateway}/v1", api_key=API_KEYS["message"], max_retries=0, timeout=120
@@ -145,21 +168,3 @@ async def test_an_engine_core_that_is_killed_takes_its_server_along_and_nothing_
         ended = await asyncio.wait_for(asyncio.gather(*under_way, return_exceptions=True), 120)
         assert [isinstance(each, openai.APIError) for each in ended] == [True] * 4, ended
         assert {each.status_code for each in ended[2:]} <= {502, 503}
-
-    def ask(prompt):
-        auth = {"authorization": f"Bearer {API_KEYS['message']}"}
-        body = {"model": "tiny", "prompt": prompt, "max_tokens": 4}
-        return httpx.post(f"{parallel.gateway}/v1/completions", json=body, headers=auth, timeout=90)
-
-    deadline = time.monotonic() + 60
-    while httpx.get(f"{parallel.gateway}/readyz", timeout=10).status_code == 200:
-        # The other rank may be faster than the news; then it refuses as ever.
-        answer = ask(unsafe)
-        assert answer.status_code in (502, 503, 504) or answer.headers["x-guard-action"] == "refuse"
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.2)
-    answer = ask(safe)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_not_ready")
-    assert metric(parallel.gateway, "guard_upstream_up") == 0
-    assert metric(parallel.gateway, "guard_bypass_total") == 0
-    assert metric(parallel.gateway, "guard_errors_total", stage="stream", outcome="closed") == 2
