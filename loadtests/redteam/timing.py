@@ -66,7 +66,8 @@ def comparisons(rows: Sequence[Row], at: float) -> list[Comparison]:
     refused = sorted((r for r in rows if r.logit >= at), key=lambda r: -r.logit)
     passed = sorted((r for r in rows if r.logit < at), key=lambda r: -r.logit)
     third = len(refused) // 3
-    near, far = passed[: len(refused)], passed[-2 * len(refused) :]
+    some = min(len(refused), len(passed) // 2)
+    near, far = passed[:some], passed[-some:]
     return [
         Comparison("refused, high score", "refused, low score", pairs(refused[:third], refused[-third:])),
         Comparison("passed, close to the threshold", "passed, far below it", pairs(near, far)),

@@ -14,7 +14,7 @@ SAID = {"role": "user", "content": CANARY}
 ASKED = CHAT | {"messages": [SAID]}
 WRONG: dict[str, tuple[str, Any]] = {
     "no number": (CHATS, ASKED | {"temperature": CANARY}),
-    "a number out of range": (CHATS, ASKED | {"temperature": 99}),
+    "a number out of range": (CHATS, ASKED | {"max_tokens": -1}),
     "no list": (CHATS, CHAT | {"messages": CANARY}),
     "no text": (CHATS, CHAT | {"messages": [SAID | {"content": {"text": CANARY}}]}),
     "another role": (CHATS, CHAT | {"messages": [SAID, SAID | {"role": CANARY}]}),
