@@ -7,7 +7,7 @@ ARGS   ?=
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help env serve test fuzz lint format bench bundle detection sequence-results locate patch-results compat dist sbom dashboards clean tune-results
+.PHONY: help env serve test fuzz lint format bench bundle detection sequence-results locate patch-results compat dist sbom dashboards clean tune-results redteam audit
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ detection: env  ## measure the lab guard by the whole protocol; NEURONGUARD_DATA
 sequence-results: env  ## measure sequence probes beside the lab guard; NEURONGUARD_DATA names the data folder
 	$(PY) -m models.recipe.sequence $(ARGS)
 
+redteam: env  ## attack the lab guard, refit it, attack it again; NEURONGUARD_DATA names the data folder
+	$(PY) -m loadtests.redteam $(ARGS)
+
 locate: env  ## run the four methods on the lab twins anew; NEURONGUARD_DATA names the data folder
 	$(PY) -m models.recipe.locate $(ARGS)
 
@@ -65,6 +68,9 @@ dist: env  ## build wheel, source archive and chart into dist
 
 sbom: env  ## list what the images are made of, as CycloneDX, into dist; ARGS=engine for the engine's
 	$(PY) scripts/sbom.py $(ARGS)
+
+audit: env  ## ask for known vulnerabilities of what is installed; needs pip-audit and a network
+	$(PY) scripts/audit.py
 
 dashboards: env  ## write Grafana's dashboards anew from deploy/dashboards
 	$(PY) -m deploy.dashboards
