@@ -7,10 +7,10 @@ ARGS   ?=
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help env serve test fuzz lint format bench bundle detection locate patch-results compat dist sbom dashboards clean
+.PHONY: help env serve test fuzz lint format bench bundle detection sequence-results locate patch-results compat dist sbom dashboards clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 env:  ## make or complete the environment in .venv
 	@$(PYTHON) scripts/bootstrap.py
@@ -43,6 +43,9 @@ bundle: env  ## fit and evaluate the lab model's bundle anew; NEURONGUARD_DATA n
 
 detection: env  ## measure the lab guard by the whole protocol; NEURONGUARD_DATA names the data folder
 	$(PY) -m models.recipe.detection $(ARGS)
+
+sequence-results: env  ## measure sequence probes beside the lab guard; NEURONGUARD_DATA names the data folder
+	$(PY) -m models.recipe.sequence $(ARGS)
 
 locate: env  ## run the four methods on the lab twins anew; NEURONGUARD_DATA names the data folder
 	$(PY) -m models.recipe.locate $(ARGS)

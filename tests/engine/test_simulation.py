@@ -240,6 +240,22 @@ def test_copies_of_a_prompt_share_blocks_with_those_under_the_same_patch_alone(
         assert taken[str(number)] == [first, *second]
 
 
+def test_every_verdict_says_how_many_requests_the_ledger_holds_and_the_last_says_none(simulated: Any) -> None:
+    from guard.engine.config import ENTRIES_KEY
+    from tests.engine.schedulers import Mode
+    from tests.engine.simulation import Engine
+
+    engine = Engine(simulated, Mode())
+    engine.self_test()
+    for number in range(3):
+        asked = Asked(length=40, max_tokens=2 + number)
+        engine.add(str(number), asked.prompt(number), asked, number, -9.0)
+    engine.finish()
+    outputs = [output for number in range(3) for output in engine.answers[str(number)].outputs]
+    said = [(output.kv_transfer_params or {}).get(ENTRIES_KEY) for output in outputs]
+    assert [entries for entries in said if entries is not None] == [3, 2, 2, 1, 2, 0]
+
+
 def test_nobody_can_name_the_salt_under_which_patched_blocks_are_kept(simulated: Any) -> None:
     """Clients of vLLM itself choose salts; the bundle's digest and the patch's name are no secrets."""
     from tests.engine.schedulers import Mode
