@@ -11,6 +11,9 @@ ARG PYTHON_IMAGE=python:3.11.13-slim-bookworm
 # Where packages are installed; only files are taken from it. The same Python as PYTHON_IMAGE.
 ARG BUILD_IMAGE=${PYTHON_IMAGE}
 ARG VLLM_IMAGE=vllm/vllm-openai:v0.32.0
+# For the labels: the release, and the commit that it was built from.
+ARG VERSION=0.1.0
+ARG REVISION=unknown
 
 
 # hadolint ignore=DL3006
@@ -66,14 +69,19 @@ RUN groupadd --gid 10001 guard && \
 ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/opt/neuronguard/lib \
     PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 WORKDIR /home/guard
-LABEL org.opencontainers.image.title="neuronguard" \
-      org.opencontainers.image.licenses="Apache-2.0"
 
 
 FROM runtime AS load
 COPY --from=load-build /opt/venv /opt/venv
 COPY loadtests/traffic /opt/neuronguard/traffic
 USER 10001:10001
+ARG VERSION
+ARG REVISION
+LABEL org.opencontainers.image.title="neuronguard/load" \
+      org.opencontainers.image.description="Demonstration traffic for a guarded endpoint" \
+      org.opencontainers.image.version="$VERSION" \
+      org.opencontainers.image.revision="$REVISION" \
+      org.opencontainers.image.licenses="Apache-2.0"
 ENTRYPOINT ["locust", "--headless", "--locustfile", "/opt/neuronguard/traffic/locustfile.py"]
 
 
@@ -91,6 +99,13 @@ USER 10001:10001
 EXPOSE 8000
 HEALTHCHECK --interval=5s --timeout=5s --start-period=15m --retries=6 \
     CMD ["python3", "-m", "guard.healthcheck", "http://127.0.0.1:8000/guard/status"]
+ARG VERSION
+ARG REVISION
+LABEL org.opencontainers.image.title="neuronguard/engine-cpu" \
+      org.opencontainers.image.description="vLLM's CPU build with the guard in it, and the lab model" \
+      org.opencontainers.image.version="$VERSION" \
+      org.opencontainers.image.revision="$REVISION" \
+      org.opencontainers.image.licenses="Apache-2.0"
 ENTRYPOINT ["python3", "-m", "guard.engine", "--host", "0.0.0.0", "--port", "8000"]
 
 
@@ -120,6 +135,13 @@ USER 10001:10001
 EXPOSE 8000
 HEALTHCHECK --interval=5s --timeout=5s --start-period=30m --retries=6 \
     CMD ["python3", "-m", "guard.healthcheck", "http://127.0.0.1:8000/guard/status"]
+ARG VERSION
+ARG REVISION
+LABEL org.opencontainers.image.title="neuronguard/engine-cuda" \
+      org.opencontainers.image.description="The official vLLM image with the guard in it" \
+      org.opencontainers.image.version="$VERSION" \
+      org.opencontainers.image.revision="$REVISION" \
+      org.opencontainers.image.licenses="Apache-2.0"
 ENTRYPOINT ["python3", "-m", "guard.engine", "--host", "0.0.0.0", "--port", "8000"]
 
 
@@ -136,4 +158,11 @@ EXPOSE 8080 9400
 # Ready, not merely alive: the engine's guard has passed its self-test and every policy fits its bundle.
 HEALTHCHECK --interval=5s --timeout=5s --start-period=30m --retries=6 \
     CMD ["python3", "-m", "guard.healthcheck", "http://127.0.0.1:8080/readyz"]
+ARG VERSION
+ARG REVISION
+LABEL org.opencontainers.image.title="neuronguard/gateway" \
+      org.opencontainers.image.description="The OpenAI endpoint in front of guarded vLLM engines" \
+      org.opencontainers.image.version="$VERSION" \
+      org.opencontainers.image.revision="$REVISION" \
+      org.opencontainers.image.licenses="Apache-2.0"
 ENTRYPOINT ["python3", "-m", "service"]

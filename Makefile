@@ -7,10 +7,10 @@ ARGS   ?=
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help env serve test fuzz lint format bench bundle detection locate patch-results tune-results compat dashboards clean
+.PHONY: help env serve test fuzz lint format bench bundle detection sequence-results locate patch-results compat dist sbom dashboards clean tune-results redteam audit
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 env:  ## make or complete the environment in .venv
 	@$(PYTHON) scripts/bootstrap.py
@@ -18,8 +18,8 @@ env:  ## make or complete the environment in .venv
 serve: env  ## start a guarded endpoint on HOST:PORT (127.0.0.1:8080)
 	@exec $(PY) -m guard.serve --host $(HOST) --port $(PORT) $(ARGS)
 
-test: env  ## run the whole suite
-	OMP_NUM_THREADS=1 $(PY) -m pytest --durations=15 $(ARGS)
+test: env  ## run the whole suite, two files at a time
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 $(ARGS)
 
 fuzz: env  ## look for inputs that break the decoders, a minute each; needs the extra fuzz
 	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz $(ARGS)
@@ -44,6 +44,12 @@ bundle: env  ## fit and evaluate the lab model's bundle anew; NEURONGUARD_DATA n
 detection: env  ## measure the lab guard by the whole protocol; NEURONGUARD_DATA names the data folder
 	$(PY) -m models.recipe.detection $(ARGS)
 
+sequence-results: env  ## measure sequence probes beside the lab guard; NEURONGUARD_DATA names the data folder
+	$(PY) -m models.recipe.sequence $(ARGS)
+
+redteam: env  ## attack the lab guard, refit it, attack it again; NEURONGUARD_DATA names the data folder
+	$(PY) -m loadtests.redteam $(ARGS)
+
 locate: env  ## run the four methods on the lab twins anew; NEURONGUARD_DATA names the data folder
 	$(PY) -m models.recipe.locate $(ARGS)
 
@@ -55,6 +61,16 @@ patch-results: env  ## measure what patches do to the lab twins; NEURONGUARD_DAT
 
 compat: env  ## run the engine's tests on every version of vLLM; ARGS=0.30 for one, ARGS=--signatures for none
 	$(PY) scripts/compat.py $(ARGS)
+
+dist: env  ## build wheel, source archive and chart into dist
+	$(PY) -m build --no-isolation --outdir dist .
+	.venv/bin/helm package deploy/helm --destination dist
+
+sbom: env  ## list what the images are made of, as CycloneDX, into dist; ARGS=engine for the engine's
+	$(PY) scripts/sbom.py $(ARGS)
+
+audit: env  ## ask for known vulnerabilities of what is installed; needs pip-audit and a network
+	$(PY) scripts/audit.py
 
 dashboards: env  ## write Grafana's dashboards anew from deploy/dashboards
 	$(PY) -m deploy.dashboards

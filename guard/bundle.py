@@ -36,6 +36,7 @@ from guard.card import (
 from guard.patch import Patch, PatchError, patch_arrays, take_patches
 from guard.replace import replace_directory
 from guard.scorer import Float32Array, Scorer, ScorerError
+from guard.sequence import SequenceScorer
 from guard.sites import ModelShape
 
 __all__ = [
@@ -65,23 +66,25 @@ class BundleError(ValueError):
 
 
 class Bundle:
-    """A loaded bundle: ``card``, the ``scorer`` that reads raw activations in feature order, and patches."""
+    """A loaded bundle: ``card``, the ``probe`` that reads raw activations in feature order, and patches."""
 
     def __init__(
         self,
         card: GuardCard,
-        scorer: Scorer,
+        probe: Scorer | SequenceScorer,
         patches: Iterable[Patch] = (),
         *,
         stored: bytes | None = None,
         stored_version: int = CURRENT,
     ) -> None:
         """``stored`` is the card as it was read, of schema version ``stored_version``; None: newly made."""
-        if scorer.kind != card.probe:
-            raise BundleError(f"the card says {card.probe!r}, but the probe is {scorer.kind!r}")
-        if scorer.features != card.features:
+        if probe.kind != card.probe:
+            raise BundleError(f"the card says {card.probe!r}, but the probe is {probe.kind!r}")
+        if isinstance(probe, SequenceScorer) and probe.pooling != card.pooling:
+            raise BundleError(f"the card pools by {card.pooling}, but the probe by {probe.pooling}")
+        if probe.features != card.features:
             raise BundleError(
-                f"the probe weight is float32[{scorer.features}] a row, expected float32[{card.features}]"
+                f"the probe weight is float32[{probe.features}] a row, expected float32[{card.features}]"
             )
         self.patches = {patch.card.name: patch for patch in patches}
         if [patch.card for patch in self.patches.values()] != list(card.patches):
@@ -92,7 +95,7 @@ class Bundle:
         except PatchError as error:
             raise BundleError(str(error)) from error
         self.card = card
-        self.scorer = scorer
+        self.probe = probe
         self.stored_version = stored_version
         """Schema version of ``guard.json`` as it was read."""
         self._card_bytes = card_bytes(card) if stored is None else stored
@@ -111,7 +114,7 @@ class Bundle:
 
     def _arrays(self) -> dict[str, Float32Array]:
         """Everything in ``guard.safetensors``; the digest is taken in this order."""
-        return {**self.scorer.arrays(), **patch_arrays(self.patches.values())}
+        return {**self.probe.arrays(), **patch_arrays(self.patches.values())}
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Write the bundle; the directory appears whole or not at all. Replaces an existing bundle."""
@@ -151,8 +154,8 @@ class Bundle:
             raise BundleError(f"{root / CARD_FILE} is not a valid card: {error}") from error
         try:
             patches = take_patches(card.patches, arrays)
-            scorer = Scorer.of_arrays(card.probe, arrays)
-            return cls(card, scorer, patches, stored=stored, stored_version=version)
+            probe = _probe(card, arrays)
+            return cls(card, probe, patches, stored=stored, stored_version=version)
         except (ScorerError, PatchError) as error:
             raise BundleError(f"{root / ARRAY_FILE}: {error}") from error
 
@@ -166,14 +169,14 @@ class Bundle:
                 f"the bundle is of schema version {CURRENT} already; there is nothing to migrate"
             )
         created = {**self.card.created, "migrated_from": self.digest}
-        return Bundle(self.card.model_copy(update={"created": created}), self.scorer, self.patches.values())
+        return Bundle(self.card.model_copy(update={"created": created}), self.probe, self.patches.values())
 
     def with_adapter(self, adapter: AdapterCard) -> Bundle:
         """The same bundle that lists ``adapter`` as well. Raises BundleError when its name is taken."""
         if any(adapter.name == listed.name for listed in self.card.adapters):
             raise BundleError(f"the bundle lists an adapter {adapter.name!r} already; choose another name")
         document = self.card.model_dump() | {"adapters": (*self.card.adapters, adapter)}
-        return Bundle(GuardCard.model_validate(document), self.scorer, self.patches.values())
+        return Bundle(GuardCard.model_validate(document), self.probe, self.patches.values())
 
     def with_patch(self, patch: Patch) -> Bundle:
         """The same bundle with ``patch`` as well. Raises BundleError when it cannot have it."""
@@ -184,7 +187,7 @@ class Bundle:
             card = GuardCard.model_validate(document)
         except ValidationError as error:
             raise BundleError(f"the patch does not fit the bundle: {error}") from error
-        return Bundle(card, self.scorer, (*self.patches.values(), patch))
+        return Bundle(card, self.probe, (*self.patches.values(), patch))
 
     def verify_model(self, *, shape: ModelShape, weights_sha256: str, tokenizer_sha256: str) -> None:
         """Refuse any model but the one the bundle was fitted on. Raises BundleError."""
@@ -200,6 +203,30 @@ class Bundle:
                     f"{what} is {found}, expected {expected}. Fit a bundle for this model (neuronguard fit)."
                 )
 
+    @property
+    def scorer(self) -> Scorer:
+        """The probe of the last token. Raises BundleError when the bundle has a sequence probe."""
+        if isinstance(self.probe, SequenceScorer):
+            raise BundleError("the bundle's probe reads every token of a prompt, not its last one only")
+        return self.probe
+
+    @property
+    def sequence(self) -> SequenceScorer | None:
+        """The probe of every token; None when the bundle reads the last one only."""
+        return self.probe if isinstance(self.probe, SequenceScorer) else None
+
     def logits(self, features: Float32Array) -> Float32Array:
-        """Raw logits ``[n]`` of features ``[n, features]``: the reference the engine must agree with."""
+        """Raw logits ``[n]`` of features ``[n, features]``: the reference the engine must agree with.
+
+        Of the last token only. Raises BundleError when the bundle has a sequence probe.
+        """
         return self.scorer.logits(features)
+
+
+def _probe(card: GuardCard, arrays: dict[str, Float32Array]) -> Scorer | SequenceScorer:
+    """What of ``arrays`` is left when the patches are taken out."""
+    if card.probe != "sequence":
+        return Scorer.of_arrays(card.probe, arrays)
+    if card.pooling is None:  # the card's own check refuses it
+        raise ScorerError("a sequence probe has a pooling")
+    return SequenceScorer.of_arrays(card.pooling, arrays)

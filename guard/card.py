@@ -14,7 +14,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from guard.monitor import MonitorThreshold
 from guard.patch_card import MOST_PATCHES, PatchCard
+from guard.pooling import Pooling
 from guard.reference import ScoreReference
 from guard.scorer import ProbeKind
 from guard.sites import ModelShape, SiteKind
@@ -177,7 +179,8 @@ class GuardCard(_Card):
 
     None at all: the probe takes prompts of any shape, and engines do not check how they end."""
     sites: tuple[Site, ...] = Field(min_length=1)
-    probe: ProbeKind
+    probe: ProbeKind | Literal["sequence"]
+    """``sequence``: a linear probe of every token, and ``pooling``; the others read the last token only."""
     calibration: Calibration
     thresholds: tuple[Threshold, ...] = Field(min_length=1)
     default_false_positive_rate: float
@@ -189,6 +192,10 @@ class GuardCard(_Card):
     """The scores at the time of the fit, to tell drift by; None in bundles that were made without."""
     created: dict[str, str]
     """Facts of the making: versions, date, command, seed."""
+    pooling: Pooling | None = None
+    """How a sequence probe's outputs at a prompt's tokens become one logit."""
+    monitor: tuple[MonitorThreshold, ...] = ()
+    """Where a sequence probe stops an answer as it grows; none: it watches no answers."""
     adapters: tuple[AdapterCard, ...] = ()
     """The LoRA adapters that may be served under this guard."""
     patches: tuple[PatchCard, ...] = Field(default=(), max_length=MOST_PATCHES)
@@ -210,6 +217,10 @@ class GuardCard(_Card):
                 raise ValueError(f"two {site.kind} sites at layer {site.layer}")
             seen.add((site.layer, site.kind))
         self.threshold(self.default_false_positive_rate)
+        if (self.probe == "sequence") != (self.pooling is not None):
+            raise ValueError("a sequence probe has a pooling, and no other probe has one")
+        if self.monitor and self.pooling is None:
+            raise ValueError("only a sequence probe can watch answers")
         if len({adapter.name for adapter in self.adapters}) < len(self.adapters):
             raise ValueError("two adapters have one name")
         if len({patch.name for patch in self.patches}) < len(self.patches):
@@ -254,6 +265,10 @@ def card_bytes(card: GuardCard) -> bytes:
         del document["adapters"]
     if not card.patches:
         del document["patches"]
+    if card.pooling is None:
+        del document["pooling"]
+    if not card.monitor:
+        del document["monitor"]
     if not card.calibration.knots:
         del document["calibration"]["knots"]
     if not card.model.first_mlp_layer:

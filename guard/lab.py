@@ -54,8 +54,6 @@ def materialise(
 
     Two processes may ask at once: one folds, the other waits. Raises LabError.
     """
-    from guard.ia3 import fold_checkpoint
-
     root = Path(lab_dir)
     known = variants(root)
     if variant not in known:
@@ -79,6 +77,8 @@ def materialise(
     with (store / f".{target.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (target / "model.safetensors").is_file():
+            from guard.ia3 import fold_checkpoint  # here, since it needs torch and a second call does not
+
             try:
                 fold_checkpoint(root, target, vector=vector, alpha=chosen.alpha)
             except ValueError as error:

@@ -28,6 +28,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from guard.monitor import Monitor, MonitorThreshold
 from guard.reference import ScoreReference
 from guard.sealed import Keyring, SealError
 
@@ -103,6 +104,8 @@ class Decision(_Wire):
     unscored_shape: ShapeAction = "refuse"
     """What becomes of a prompt that does not end as the bundle's prompts do. ``pass``: the shape alone stops
     nothing; the rules judge the score, for which the bundle's error rates do not hold."""
+    monitor: Monitor | None = None
+    """What of the answer is watched as it grows; ``observe`` counts what would have been stopped."""
 
     def match(self, probability: float) -> Rule | None:
         """The first rule at or below ``probability``."""
@@ -216,8 +219,8 @@ class Verdict(_Wire):
     policy: str
     bundle: str
     """Digest of the bundle that was read."""
-    read: Literal["prompt_last", "nothing"]
-    """Which positions the probe saw."""
+    read: Literal["prompt_last", "prompt", "nothing"]
+    """Which positions the probe saw: the prompt's last token, or all of them."""
     unscored_shape: bool = False
     """Whether the prompt ends in another way than those the probe was fitted on, so that its score does not
     mean what the bundle says of scores; for siblings, whether any of their prompts does."""
@@ -269,10 +272,14 @@ class Threshold(_Wire):
     """Upper end of the 95 % interval of the true false-positive rate."""
 
 
+EngineState = Literal["starting", "ready", "stopping", "failed"]
+"""``stopping``: it still answers, and will soon be told to stop; requests should go elsewhere."""
+
+
 class EngineStatus(_Wire):
     """Body of ``GET /guard/status``. HTTP 200 when ``state`` is ``ready``, else 503."""
 
-    state: Literal["starting", "ready", "failed"]
+    state: EngineState
     detail: str
     audience: str
     model: str
@@ -291,6 +298,8 @@ class EngineStatus(_Wire):
     thresholds: tuple[Threshold, ...]
     patches: tuple[str, ...] = ()
     """Names of the bundle's patches."""
+    monitor: tuple[MonitorThreshold, ...] = ()
+    """Where the bundle's probe can stop an answer; none: it watches no answers."""
     checks_shape: bool = True
     """Whether the bundle says how prompts end; without that, no shape is unscored."""
     default: Decision

@@ -23,4 +23,4 @@ def with_threshold(bundle: Bundle, directory: Path, probability: float) -> Path:
     """Save the bundle with another threshold, the same for all false-positive rates."""
     thresholds = tuple(t.model_copy(update={"probability": probability}) for t in bundle.card.thresholds)
     card = bundle.card.model_copy(update={"thresholds": thresholds})
-    return Bundle(card, bundle.scorer, bundle.patches.values()).save(directory)
+    return Bundle(card, bundle.probe, bundle.patches.values()).save(directory)

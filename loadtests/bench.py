@@ -22,7 +22,7 @@ import numpy as np
 
 from guard.bundle import Bundle, Site
 from guard.lab import resolve
-from loadtests import grid, patched, random_model
+from loadtests import grid, patched, random_model, sequence_cost
 from loadtests.batches import batches, with_threshold
 from loadtests.first_token import measure
 from loadtests.gateway.__main__ import run as measure_gateway
@@ -137,10 +137,11 @@ def table(results: dict[str, Any]) -> str:
 )
 @click.option(
     "--part",
-    type=click.Choice(["all", "pairs", "grid", "patches", "gateway"]),
+    type=click.Choice(["all", "pairs", "grid", "patches", "sequence", "gateway", "alternatives"]),
     default="all",
     show_default=True,
-    help="two models in detail; models, units and batches of several sizes; patches; a gateway and a mock",
+    help="two models in detail; models, units and batches of several sizes; patches; "
+    "a probe of every token; a gateway and a mock; other ways to refuse. The last two are not in all",
 )
 @click.option(
     "--grid-seconds", default=20.0, show_default=True, help="CPU seconds for each figure of that grid"
@@ -167,6 +168,11 @@ def main(
     if part == "gateway":
         click.echo(measure_gateway(out=out))
         return
+    if part == "alternatives":
+        from loadtests.alternatives.__main__ import main as compare_with_others
+
+        compare_with_others(["--out", str(out)], standalone_mode=False)
+        return
     with tempfile.TemporaryDirectory() as folder:
         if part in ("all", "pairs"):
             results: dict[str, Any] = {"models": {}, "pairs": pairs, "machine": machine()}
@@ -183,6 +189,15 @@ def main(
                 (out / "patches.md").write_text(patched.table(costs))
 
             click.echo(patched.table(patched.measure(Path(folder) / "patches", out, pairs // 2, keep)))
+        if part in ("all", "sequence"):
+
+            def keep_sequence(costs: dict[str, Any]) -> None:
+                text = json.dumps({**costs, "machine": machine()}, indent=1)
+                (out / "sequence-cost.json").write_text(text + "\n")
+                (out / "sequence-cost.md").write_text(sequence_cost.table(costs))
+
+            costs = sequence_cost.measure(Path(folder) / "sequence", out, pairs // 2, keep_sequence)
+            click.echo(sequence_cost.table(costs))
         if part in ("all", "grid"):
             found: dict[str, Any] = {"models": {}, "seconds": grid_seconds, "machine": machine()}
             for name in grid_models or grid.MODELS:

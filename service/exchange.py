@@ -64,6 +64,8 @@ class Judged:
     """The request as one to the engine that answered."""
     decision: Decision
     """What that engine was told."""
+    nonce: str
+    """Of the directive that told it."""
     answer: EngineAnswer
     verdict: Verdict | None
     sent: float
@@ -206,7 +208,7 @@ async def _run(call: Call, forward: Forward) -> Judged:
         await answer.close()
         raise
     span.end(noted | (_found(verdict, settings.audit_scores) if verdict else {}))
-    return Judged(call, decision, answer, verdict, sent, time.perf_counter())
+    return Judged(call, decision, order.nonce, answer, verdict, sent, time.perf_counter())
 
 
 def _found(verdict: Verdict, score: bool) -> dict[str, tracing.Value]:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from typing import Any, Literal
+from typing import Any
 
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import JSONResponse, Response
 
 from guard.verdict import UNSCORED_SHAPE
 from service import drill
-from service.backend import BackendError, TooSlowError
+from service.backend import BackendError
 from service.chat_body import ChatBody
 from service.completion_body import CompletionBody
 from service.errors import ApiError, bad_request, bad_upstream
@@ -21,24 +18,14 @@ from service.exchange import Forward, Judged, as_it_is, exchange, prompt_field
 from service.gateway import Arrival, Call, unless_gone
 from service.judge import turns_of
 from service.moderation import blocking, report
-from service.refusal import RefusedAnswer
-from service.stream import (
-    AnswerWatch,
-    SseDecoder,
-    StreamError,
-    completion_tokens,
-    error_frame,
-    parse_json_object,
-)
+from service.refusal import RefusedAnswer, Route
+from service.relay import EVENT_STREAM, STREAM_HEADERS, RelayedStream, held
+from service.stops import Stops
+from service.stream import completion_tokens, parse_json_object
 from service.strict_json import dump
 
-EVENT_STREAM = "text/event-stream"
-_STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
-
-async def generate(
-    arrival: Arrival, body: ChatBody | CompletionBody, route: Literal["chat", "text"]
-) -> Response:
+async def generate(arrival: Arrival, body: ChatBody | CompletionBody, route: Route) -> Response:
     """Answer a generating request. Raises ApiError and ClientGoneError."""
     call = arrival.call(body.model)
     limit = call.gateway.settings.max_siblings
@@ -70,11 +57,16 @@ async def generate(
             await judged.answer.close()
             tokens = judged.verdict.prompt_tokens if judged.verdict else 0
             response = _refused(call, body, route, guard_headers(call, judged), tokens, finding)
-        elif body.streamed:
-            response = _relayed(call, judged, finding)
         else:
-            response = await unless_gone(receive, _whole(call, judged, finding))
-            ready = time.perf_counter()  # reading the answer is the engine's time
+            stops = Stops(judged, route)
+            if body.streamed and judged.answer.media_type != EVENT_STREAM:
+                raise bad_upstream("The model's server sent something that is not a stream.")
+            if body.streamed and not stops.withdraws:
+                response = RelayedStream(judged, stops, finding, guard_headers(call, judged))
+            else:
+                read = _held if body.streamed else _whole
+                response = await unless_gone(receive, read(call, judged, stops, body.siblings, finding))
+                ready = time.perf_counter()  # reading the answer is the engine's time
     except BaseException:
         await judged.answer.close()
         raise
@@ -90,9 +82,10 @@ def _finding(call: Call, judged: Judged) -> dict[str, Any]:
     return report(call.model, flagged, call.shown(judged.verdict))
 
 
-def guard_headers(call: Call, judged: Judged) -> dict[str, str]:
-    """What a client is told of the verdict."""
-    headers = {"x-guard-action": judged.action, "x-guard-policy": call.bound.name}
+def guard_headers(call: Call, judged: Judged, *, stopped: bool = False) -> dict[str, str]:
+    """What a client is told of the verdict, or that one of the choices was stopped."""
+    action = "stop" if stopped else judged.action
+    headers = {"x-guard-action": action, "x-guard-policy": call.bound.name}
     if judged.action == "patch" and judged.verdict is not None and judged.verdict.patch is not None:
         headers["x-guard-patch"] = judged.verdict.patch
     score = call.shown(judged.verdict)
@@ -115,7 +108,7 @@ def _other_shape(call: Call, judged: Judged) -> ApiError:
     )
 
 
-def _rehearsed(call: Call, body: ChatBody | CompletionBody, route: Literal["chat", "text"]) -> Response:
+def _rehearsed(call: Call, body: ChatBody | CompletionBody, route: Route) -> Response:
     """The refusal that the test string asks for. Nobody judged, which audit, metrics and headers say."""
     record = call.record
     record.mode, record.stream = call.bound.decision.mode, body.streamed
@@ -129,7 +122,7 @@ def _rehearsed(call: Call, body: ChatBody | CompletionBody, route: Literal["chat
 def _refused(
     call: Call,
     body: ChatBody | CompletionBody,
-    route: Literal["chat", "text"],
+    route: Route,
     headers: dict[str, str],
     prompt_tokens: int,
     finding: dict[str, Any] | None,
@@ -151,11 +144,16 @@ def _refused(
     if not body.streamed:
         return JSONResponse(refused.body(), headers=headers)
     frames = b"".join(refused.frames(include_usage=body.include_usage))
-    return Response(frames, headers=headers | _STREAM_HEADERS, media_type=EVENT_STREAM)
+    return Response(frames, headers=headers | STREAM_HEADERS, media_type=EVENT_STREAM)
 
 
-async def _whole(call: Call, judged: Judged, finding: dict[str, Any] | None) -> Response:
-    """A passed answer, read to its end, looked at, and handed on byte for byte, a finding asked for aside."""
+async def _whole(
+    call: Call, judged: Judged, stops: Stops, siblings: int, finding: dict[str, Any] | None
+) -> Response:
+    """A passed answer, read to its end, looked at, and handed on byte for byte.
+
+    Written anew are only answers of which a choice was stopped, or that hold a finding asked for.
+    """
     settings, answer = call.gateway.settings, judged.answer
     try:
         async with asyncio.timeout(settings.answer_timeout):
@@ -169,86 +167,25 @@ async def _whole(call: Call, judged: Judged, finding: dict[str, Any] | None) -> 
         raise bad_upstream("The model's server sent something that is not an answer.")
     call.gateway.metrics.first_byte.observe(judged.judged - judged.sent)
     call.record.completion_tokens = completion_tokens(value)
+    shown = stops.of_answer(value)
+    headers = guard_headers(call, judged, stopped=shown is not None)
+    refused = stops.error(siblings)
+    if refused is not None:
+        return JSONResponse(refused[1], refused[0], headers=headers)
     if finding is not None:
-        content = dump(value | {"moderation": finding})
-    return Response(content, headers=guard_headers(call, judged), media_type="application/json")
+        shown = (shown or value) | {"moderation": finding}
+    if shown is not None:
+        content = dump(shown)
+    return Response(content, headers=headers, media_type="application/json")
 
 
-def _relayed(call: Call, judged: Judged, finding: dict[str, Any] | None) -> Response:
-    if judged.answer.media_type != EVENT_STREAM:
-        raise bad_upstream("The model's server sent something that is not a stream.")
-    return RelayedStream(call, judged, finding)
-
-
-class RelayedStream(StreamingResponse):
-    """A passed stream: frames go out unchanged as they come in, until ``[DONE]``.
-
-    When the stream breaks off, the client gets an error frame and no ``[DONE]``, at which SDKs raise. When
-    the client goes away, the connection to the engine is closed at once, which stops the generation.
-    """
-
-    def __init__(self, call: Call, judged: Judged, finding: dict[str, Any] | None) -> None:
-        self._call = call
-        self._judged = judged
-        self._finding = finding
-        headers = guard_headers(call, judged) | _STREAM_HEADERS
-        super().__init__((), headers=headers, media_type=EVENT_STREAM)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send everything, and let go of the engine whatever happens."""
-        try:
-            await unless_gone(receive, self._pump(send))
-        finally:
-            await self._judged.answer.close()
-
-    async def _pump(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async with aclosing(self._frames()) as frames:
-            async for frame in frames:
-                await send({"type": "http.response.body", "body": frame, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _frames(self) -> AsyncGenerator[bytes]:
-        record = self._call.record
-        watch = AnswerWatch()
-        try:
-            async with aclosing(self._sound_frames(watch)) as frames:
-                async for frame in frames:
-                    yield frame
-        except (BackendError, StreamError):
-            yield self._interrupted()
-        else:
-            if watch.failed:
-                record.outcome = "interrupted"
-                self._call.gateway.metrics.errors.labels("stream", "closed").inc()
-        record.completion_tokens = watch.completion_tokens
-
-    async def _sound_frames(self, watch: AnswerWatch) -> AsyncGenerator[bytes]:
-        settings, answer = self._call.gateway.settings, self._judged.answer
-        decoder = SseDecoder(settings.max_answer_bytes)
-        ends = time.perf_counter() + settings.answer_timeout
-        first = True
-        async for chunk in answer.chunks():
-            if first:
-                self._call.gateway.metrics.first_byte.observe(time.perf_counter() - self._judged.sent)
-                first = False
-            for frame in decoder.decode(chunk):
-                watch.look(frame)
-                if watch.finished and self._finding is not None:
-                    yield watch.chunk({"moderation": self._finding})
-                yield frame
-                if watch.finished:
-                    return
-            if time.perf_counter() > ends:
-                raise TooSlowError("the answer took too long")
-        for frame in decoder.flush():
-            watch.look(frame)
-            yield frame
-        if not watch.finished:
-            raise StreamError("the stream ended before its end was announced")
-
-    def _interrupted(self) -> bytes:
-        self._call.record.outcome = "interrupted"
-        self._call.record.code = "upstream_interrupted"
-        self._call.gateway.metrics.errors.labels("stream", "closed").inc()
-        return error_frame("The model's answer was cut off.", "upstream_interrupted")
+async def _held(
+    call: Call, judged: Judged, stops: Stops, siblings: int, finding: dict[str, Any] | None
+) -> Response:
+    """A passed stream that may still be withdrawn: nothing of it is sent before it has ended."""
+    frames = await held(judged, stops, finding)
+    headers = guard_headers(call, judged, stopped=bool(stops.found))
+    refused = stops.error(siblings)
+    if refused is not None:
+        return JSONResponse(refused[1], refused[0], headers=headers)
+    return Response(b"".join(frames), headers=headers | STREAM_HEADERS, media_type=EVENT_STREAM)

@@ -20,28 +20,11 @@ from guard.verdict import VERDICT_ERRORS, Action, EngineStatus, Mode, RuleAction
 from service.errors import STAGES
 from service.policy import BoundPolicy
 
-_SCORES = (
-    0.001,
-    0.002,
-    0.005,
-    0.01,
-    0.02,
-    0.05,
-    0.1,
-    0.2,
-    0.3,
-    0.4,
-    0.5,
-    0.6,
-    0.7,
-    0.8,
-    0.9,
-    0.95,
-    0.99,
-    0.999,
-)
+_LOW, _HIGH = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05), (0.95, 0.99, 0.999)
+_SCORES = (*_LOW, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, *_HIGH)
 _LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
 _SHORT = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
+_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 class Metrics:
@@ -128,6 +111,12 @@ class Metrics:
             "Requests being answered, those for health, metrics and the API's description aside.",
             registry=registry,
         )
+        self.outstanding = Gauge(
+            "guard_upstream_outstanding_requests",
+            "Requests that were sent to engines and whose answers have not ended.",
+            registry=registry,
+        )
+        self.tasks = Gauge("guard_asyncio_tasks", "Tasks of the gateway's event loop.", registry=registry)
         self.inflight_limit = Gauge(
             "guard_inflight_requests_limit",
             "Most requests that are sent to the engine at one time; more get a 503 at once.",
@@ -137,6 +126,20 @@ class Metrics:
             "guard_upstream_up",
             "1 while the engine answers and its guard passed the self-test.",
             ("backend",),
+            registry=registry,
+        )
+        self.stopped = Counter(
+            "guard_answers_stopped_total",
+            "Choices of answers that the monitor stopped as they grew. style: of the policy's refusals; "
+            "text: what became of the text so far.",
+            ("policy", "model", "style", "text"),
+            registry=registry,
+        )
+        self.stopped_after = Histogram(
+            "guard_answer_stopped_after_tokens",
+            "Tokens of a choice until the monitor stopped it.",
+            ("model",),
+            buckets=_TOKENS,
             registry=registry,
         )
         self.retries = Counter(
@@ -262,6 +265,9 @@ class Metrics:
             self.policy_threshold.labels(bound.name, status.model, rule.action).set(rule.above)
         refuses = decision.unscored_shape == "refuse" and decision.mode == "enforce"
         self.unscored_shapes.labels(bound.name, status.model, "refuse" if refuses else "pass")
+        if decision.monitor is not None and decision.mode == "enforce":
+            self.stopped.labels(*stop_labels(bound, status.model))
+            self.stopped_after.labels(status.model)
         said: list[RuleAction] = ["pass", "tag", "refuse"]
         there = {rule.action for rule in decision.rules}
         said += [action for action in ("patch", "escalate") if action in there]
@@ -273,6 +279,12 @@ class Metrics:
         """Start the counters of judges at zero."""
         for name, outcome in product(names, ("safe", "unsafe", "failed")):
             self.judgements.labels(name, outcome)
+
+
+def stop_labels(bound: BoundPolicy, model: str) -> tuple[str, str, str, str]:
+    """The labels under which a policy's stopped choices are counted."""
+    text = bound.policy.monitor.text if bound.policy.monitor is not None else "keep"
+    return bound.name, model, bound.policy.refusal.style, text
 
 
 def _done(verdict: RuleAction, mode: Mode) -> tuple[Action, ...]:

@@ -66,12 +66,16 @@ class Moderation(Strict):
 
 
 def blocking(decision: Decision) -> Decision:
-    """The same rules, enforced, with everything refused that they flag."""
+    """The same rules, enforced, with everything refused that they flag.
+
+    It is about the input: answers that were only observed as they grow are not stopped for it.
+    """
     rules = tuple(
         Rule(above=rule.above, action="refuse") if rule.action in ("tag", "patch") else rule
         for rule in decision.rules
     )
-    return decision.model_copy(update={"mode": "enforce", "rules": rules})
+    monitor = decision.monitor if decision.mode == "enforce" else None
+    return decision.model_copy(update={"mode": "enforce", "rules": rules, "monitor": monitor})
 
 
 def result(flagged: bool, probability: float | None) -> dict[str, Any]:
@@ -92,7 +96,7 @@ def report(model: str, flagged: bool | None, probability: float | None) -> dict[
     else:
         found = result(flagged, probability) | {"model": model, "type": "moderation_result"}
         prompt = {"type": "moderation_results", "model": model, "results": [found]}
-    answer = _error("not_available", "The guard judges prompts before they are answered, not answers.")
+    answer = _error("not_available", "The results are about prompts, not about answers.")
     return {"input": prompt, "output": answer}
 
 

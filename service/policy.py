@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from guard.monitor import MOST_DEBOUNCE, Monitor
 from guard.verdict import Decision, EngineStatus, Rule, ShapeAction
 from service.errors import ConfigError
 
@@ -85,6 +86,17 @@ class Refusal(FileModel):
         return self
 
 
+class PolicyMonitor(FileModel):
+    """Stops answers as they grow: the bundle's threshold of its monitor for a rate and a debounce."""
+
+    fpr: float = Field(gt=0.0, lt=1.0)
+    """Share of benign answers that are stopped."""
+    debounce: int = Field(ge=1, le=MOST_DEBOUNCE)
+    """Tokens in a row that have to reach the threshold."""
+    text: Literal["keep", "withdraw"] = "keep"
+    """What becomes of the text so far. ``withdraw`` holds streams back until they have ended."""
+
+
 class Policy(FileModel):
     """What to do with a score, and how to tell the client."""
 
@@ -100,6 +112,8 @@ class Policy(FileModel):
     everybody, or requests of the same tenant under policies that say ``tenant``."""
     refusal: Refusal = Refusal()
     expose_score: bool = False
+    monitor: PolicyMonitor | None = None
+    """None: answers are not watched as they grow."""
 
     @model_validator(mode="after")
     def _every_rule_can_match(self) -> Policy:
@@ -112,7 +126,7 @@ class Policy(FileModel):
     @property
     def needs_bundle(self) -> bool:
         """Whether only a bundle's thresholds can tell what its rules mean."""
-        return any(isinstance(rule.above, AtRate) for rule in self.rules or ())
+        return self.monitor is not None or any(isinstance(rule.above, AtRate) for rule in self.rules or ())
 
     def resolve(self, name: str, status: EngineStatus) -> Decision:
         """The engine's part of the policy, with every ``fpr`` replaced by this bundle's probability.
@@ -120,7 +134,7 @@ class Policy(FileModel):
         Raises MisplacedError when the bundle has no such threshold or patch, or a rule can never match.
         """
         if self.rules is None:
-            return self._decision(name, status.default.rules)
+            return self._decision(name, status.default.rules, status)
         rules = tuple(
             Rule(
                 above=_probability(index, rule.above, status),
@@ -136,10 +150,16 @@ class Policy(FileModel):
                     raise MisplacedError(
                         f"with the bundle in force, {_dead(later, earlier)}", "rules", later, "above"
                     )
-        return self._decision(name, rules)
+        return self._decision(name, rules, status)
 
-    def _decision(self, name: str, rules: tuple[Rule, ...]) -> Decision:
-        return Decision(policy=name, mode=self.mode, rules=rules, unscored_shape=self.unscored_shape)
+    def _decision(self, name: str, rules: tuple[Rule, ...], status: EngineStatus) -> Decision:
+        return Decision(
+            policy=name,
+            mode=self.mode,
+            rules=rules,
+            unscored_shape=self.unscored_shape,
+            monitor=_limit(self.monitor, status) if self.monitor is not None else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -202,4 +222,19 @@ def _probability(index: int, above: float | AtRate, status: EngineStatus) -> flo
     raise MisplacedError(
         f"fpr {above.fpr:g} is asked for, but the bundle in force has thresholds for: {known}",
         *("rules", index, "above"),
+    )
+
+
+def _limit(monitor: PolicyMonitor, status: EngineStatus) -> Monitor:
+    for threshold in status.monitor:
+        same_rate = math.isclose(threshold.false_positive_rate, monitor.fpr, rel_tol=1e-9)
+        if same_rate and threshold.debounce == monitor.debounce:
+            return Monitor(logit=threshold.logit, debounce=threshold.debounce)
+    if not status.monitor:
+        raise MisplacedError("the probe of the bundle in force watches no answers", "monitor")
+    known = ", ".join(f"fpr {t.false_positive_rate:g} with debounce {t.debounce}" for t in status.monitor)
+    raise MisplacedError(
+        f"fpr {monitor.fpr:g} with debounce {monitor.debounce} is asked for, but the bundle in force has "
+        f"monitor thresholds for: {known}",
+        "monitor",
     )

@@ -12,6 +12,7 @@ policies:
     on_missing_verdict: closed   # open answers without a verdict and counts every such answer
     refusal: {style: message, text: "I can't help with that."}
     expose_score: false
+    monitor: {fpr: 0.01, debounce: 4, text: keep}   # stop answers as they grow; left out: never
 assign:                          # first match wins; no match: the policy named default
   - {tenant: acme, model: lab/tiny, policy: strict}
 judges:                          # for action: escalate

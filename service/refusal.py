@@ -5,7 +5,8 @@ Style ``message`` reads like an answer: the text stands in ``content`` and in ``
 SDK raises from ``.parse()`` and ``.stream()`` with a response format. Text completions have no ``refusal``.
 
 Styles ``azure`` and ``error`` are errors, also for streams, which then have no frame: Azure OpenAI's body for
-a filtered prompt, and OpenAI's error body.
+a filtered prompt, and OpenAI's error body. Choices that were stopped as they grew (``service.stops``) stand
+in an answer also in these styles, and then end like ``content_filter``, as filtered ones do at Azure.
 """
 
 from __future__ import annotations
@@ -19,14 +20,62 @@ from typing import Any, Literal
 from service.errors import error_body
 from service.policy import Refusal
 
+Route = Literal["chat", "text"]
+
 DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True)
+class RefusedChoice:
+    """One choice that holds a refusal and nothing else."""
+
+    route: Route
+    refusal: Refusal
+    index: int
+
+    def whole(self) -> dict[str, Any]:
+        """As it stands in an answer to a request without ``stream``."""
+        if self.route == "text":
+            return self._of_text(self._content, finish_reason(self.refusal))
+        message = {"role": "assistant", "content": self._content, "refusal": self.refusal.text}
+        return {
+            "index": self.index,
+            "message": message,
+            "logprobs": None,
+            "finish_reason": finish_reason(self.refusal),
+            **filter_results(self.refusal),
+        }
+
+    def chunks(self) -> Iterator[dict[str, Any]]:
+        """As it stands in the frames of a stream, one after another."""
+        reason = finish_reason(self.refusal)
+        if self.route == "text":
+            yield self._of_text(self._content, None)
+            yield self._of_text("", reason)
+            return
+        yield self._of_chat({"role": "assistant", "content": ""})
+        # Both in one delta: a client that parses the content as JSON must know at once that it is a refusal.
+        delta = {"content": self._content} if self._content else {}
+        yield self._of_chat(delta | {"refusal": self.refusal.text})
+        yield self._of_chat({}, reason) | filter_results(self.refusal)
+
+    @property
+    def _content(self) -> str:
+        return self.refusal.text if self.refusal.style == "message" else ""
+
+    def _of_text(self, text: str, reason: str | None) -> dict[str, Any]:
+        found = filter_results(self.refusal) if reason is not None else {}
+        return {"index": self.index, "text": text, "logprobs": None, "finish_reason": reason, **found}
+
+    def _of_chat(self, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+        return {"index": self.index, "delta": delta, "logprobs": None, "finish_reason": reason}
 
 
 @dataclass(frozen=True)
 class RefusedAnswer:
     """Everything that the shape of one refusal depends on."""
 
-    route: Literal["chat", "text"]
+    route: Route
     refusal: Refusal
     request_id: str
     model: str
@@ -38,14 +87,14 @@ class RefusedAnswer:
 
     def body(self) -> dict[str, Any]:
         """The answer to a request without ``stream``."""
-        choices = [self._choice(index) for index in range(self.siblings)]
+        choices = [choice.whole() for choice in self._choices]
         return self._envelope(choices, chunk=False) | {"usage": self._usage()} | self._moderation
 
     def frames(self, *, include_usage: bool) -> Iterator[bytes]:
         """The frames of a stream, ``[DONE]`` included."""
         usage: dict[str, Any] = {"usage": None} if include_usage else {}
-        for index in range(self.siblings):
-            for choice in self._chunks(index):
+        for refused in self._choices:
+            for choice in refused.chunks():
                 yield _frame(self._envelope([choice], chunk=True) | usage)
         if self.moderation is not None:
             yield _frame(self._envelope([], chunk=True) | usage | self._moderation)
@@ -56,9 +105,7 @@ class RefusedAnswer:
     def error(self) -> tuple[int, dict[str, Any]] | None:
         """HTTP status and body, for the styles that are errors."""
         if self.refusal.style == "error":
-            return self.refusal.status, error_body(
-                self.refusal.text, kind="invalid_request_error", code="content_policy_violation"
-            )
+            return refusal_error(self.refusal)
         if self.refusal.style == "azure":
             return 400, azure_body(self.refusal.text)
         return None
@@ -68,33 +115,8 @@ class RefusedAnswer:
         return {"moderation": self.moderation} if self.moderation is not None else {}
 
     @property
-    def _reason(self) -> str:
-        return "stop" if self.refusal.style == "message" else "content_filter"
-
-    @property
-    def _content(self) -> str:
-        return self.refusal.text if self.refusal.style == "message" else ""
-
-    def _choice(self, index: int) -> dict[str, Any]:
-        if self.route == "text":
-            return self._text_choice(index, self._content, self._reason)
-        message = {"role": "assistant", "content": self._content, "refusal": self.refusal.text}
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": self._reason}
-
-    def _chunks(self, index: int) -> Iterator[dict[str, Any]]:
-        if self.route == "text":
-            yield self._text_choice(index, self._content, None)
-            yield self._text_choice(index, "", self._reason)
-            return
-        yield _chat_chunk(index, {"role": "assistant", "content": ""})
-        # Both in one delta: a client that parses the content as JSON must know at once that it is a refusal.
-        delta = {"content": self._content} if self._content else {}
-        yield _chat_chunk(index, delta | {"refusal": self.refusal.text})
-        yield _chat_chunk(index, {}, self._reason)
-
-    @staticmethod
-    def _text_choice(index: int, text: str, reason: str | None) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+    def _choices(self) -> list[RefusedChoice]:
+        return [RefusedChoice(self.route, self.refusal, index) for index in range(self.siblings)]
 
     def _envelope(self, choices: list[dict[str, Any]], *, chunk: bool) -> dict[str, Any]:
         if self.route == "text":
@@ -117,22 +139,38 @@ class RefusedAnswer:
         }
 
 
+def finish_reason(refusal: Refusal) -> str:
+    """How a choice ends that is refused, or was stopped."""
+    return "stop" if refusal.style == "message" else "content_filter"
+
+
+def refusal_error(refusal: Refusal) -> tuple[int, dict[str, Any]]:
+    """HTTP status and body of the style ``error``."""
+    return refusal.status, error_body(
+        refusal.text, kind="invalid_request_error", code="content_policy_violation"
+    )
+
+
+def filter_results(refusal: Refusal) -> dict[str, Any]:
+    """What Azure OpenAI adds to a choice of an answer that it has filtered; nothing in other styles."""
+    return {"content_filter_results": _azure_kinds()} if refusal.style == "azure" else {}
+
+
 def azure_body(text: str) -> dict[str, Any]:
     """Azure OpenAI's error for a filtered prompt, whose shape clients of Azure look for.
 
     Its four categories are there and not filtered: the guard says whether, not of what kind. The finding is
     the category ``unsafe``.
     """
-    safe = {"filtered": False, "severity": "safe"}
-    kinds: dict[str, Any] = dict.fromkeys(("hate", "self_harm", "sexual", "violence"), safe)
-    found = {"unsafe": {"filtered": True, "detected": True}}
-    inner = {"code": "ResponsibleAIPolicyViolation", "content_filter_result": kinds | found}
+    inner = {"code": "ResponsibleAIPolicyViolation", "content_filter_result": _azure_kinds()}
     error = error_body(text, kind="invalid_request_error", code="content_filter", param="prompt")["error"]
     return {"error": error | {"status": 400, "innererror": inner}}
 
 
-def _chat_chunk(index: int, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+def _azure_kinds() -> dict[str, Any]:
+    safe = {"filtered": False, "severity": "safe"}
+    kinds: dict[str, Any] = dict.fromkeys(("hate", "self_harm", "sexual", "violence"), safe)
+    return kinds | {"unsafe": {"filtered": True, "detected": True}}
 
 
 def _frame(value: dict[str, Any]) -> bytes:

@@ -137,6 +137,7 @@ def _summary() -> list[p.Panel]:
 
 
 def _decisions() -> list[p.Panel]:
+    stopped = "guard_answer_stopped_after_tokens"
     return [
         p.lines(
             "Blocked and tagged",
@@ -170,6 +171,24 @@ def _decisions() -> list[p.Panel]:
                 "{{policy}} would {{verdict}}",
             ),
             colours={"/ would tag$/": p.TAG, "/ would refuse$/": p.WOULD_REFUSE},
+        ),
+        p.lines(
+            "Answers stopped",
+            "Choices that the monitor stopped as they grew, by policy and what became of their text. Empty "
+            "without a policy that has a monitor. Far above the policy's rate for benign answers it is other "
+            "traffic, or what the guard looks for.",
+            "short",
+            p.query(
+                per_second("guard_answers_stopped_total", TRAFFIC, "policy, text"), "{{policy}} {{text}}"
+            ),
+        ),
+        p.lines(
+            "Tokens until a stop",
+            "How many tokens of stopped choices were made. With text: keep a client has read most of them; "
+            "no less than the debounce, and exact to the histogram's buckets.",
+            "short",
+            p.query(quantile(0.5, stopped, 'model=~"$model"'), "p50", ref="A"),
+            p.query(quantile(0.95, stopped, 'model=~"$model"'), "p95", ref="B"),
         ),
     ]
 

@@ -1,8 +1,10 @@
 """``python -m guard.engine``."""
 
+import gc
 import sys
 
 if __name__ == "__main__":  # vLLM's child processes import this module again
+    gc.disable()  # nothing that an import makes is garbage; guard.engine.launch enables it
     try:
         from guard.engine.launch import main
     except ModuleNotFoundError as error:

@@ -16,10 +16,13 @@ STEPS_IN_FLIGHT = 4
 class PendingScores:
     """Logits of one step, perhaps still being copied."""
 
-    def __init__(self, request_ids: list[str], host: Tensor, done: Any) -> None:
+    def __init__(
+        self, request_ids: list[str], host: Tensor, done: Any, where: NDArray[np.bool_] | None = None
+    ) -> None:
         self._request_ids = request_ids
         self._host = host
         self._done = done
+        self._where = where
 
     @property
     def request_ids(self) -> list[str]:
@@ -32,6 +35,13 @@ class PendingScores:
             self._done.synchronize()
         return dict(zip(self._request_ids, self._host.tolist(), strict=True))
 
+    def take_array(self) -> NDArray[np.float32]:
+        """The same as an array in their order, −inf where they do not count; waits until they are there."""
+        if self._done is not None:
+            self._done.synchronize()
+        values = self._host.numpy()
+        return values.copy() if self._where is None else np.where(self._where, values, -np.inf)
+
 
 class ScoreBuffers:
     """Host memory for what goes to the device (rows) and what comes back (logits), used in turn."""
@@ -39,7 +49,7 @@ class ScoreBuffers:
     def __init__(self, max_requests: int, device: torch.device) -> None:
         self._device = device
         self._on_host = device.type == "cpu"
-        self._turn = 0
+        self._rows_turn = self._logits_turn = 0
         if not self._on_host:
             shape = (STEPS_IN_FLIGHT, max_requests)
             self._rows = torch.zeros(shape, dtype=torch.int64, pin_memory=True)
@@ -55,22 +65,52 @@ class ScoreBuffers:
         """Rows ``[n]`` of a step's batch, as a tensor on the device."""
         if self._on_host:
             return torch.from_numpy(rows)
-        self._turn = (self._turn + 1) % STEPS_IN_FLIGHT
+        self._rows_turn = (self._rows_turn + 1) % STEPS_IN_FLIGHT
         count = len(rows)
-        staged = self._rows[self._turn, :count]
+        staged = self._rows[self._rows_turn, :count]
         staged.numpy()[:] = rows
         return self._device_rows[:count].copy_(staged, non_blocking=True)
 
-    def to_host(self, request_ids: list[str], logits: Tensor) -> PendingScores:
-        """Start to bring logits ``[n]`` to the host."""
+    def to_host(
+        self, request_ids: list[str], logits: Tensor, where: NDArray[np.bool_] | None = None
+    ) -> PendingScores:
+        """Start to bring logits ``[n]`` to the host; ``where`` says which of them count."""
         if self._on_host:
             # The next step overwrites them, and may come before these are taken.
-            return PendingScores(request_ids, logits.clone(), None)
-        host = self._logits[self._turn, : len(request_ids)]
+            return PendingScores(request_ids, logits.clone(), None, where)
+        self._logits_turn = (self._logits_turn + 1) % STEPS_IN_FLIGHT
+        host = self._logits[self._logits_turn, : len(request_ids)]
         host.copy_(logits, non_blocking=True)
         done = torch.Event(self._device)
         done.record()
-        return PendingScores(request_ids, host, done)
+        return PendingScores(request_ids, host, done, where)
+
+
+class StagedIntegers:
+    """Small arrays of integers on their way to the device, several at a time."""
+
+    def __init__(self, arrays: int, most: int, device: torch.device) -> None:
+        self._on_host = device.type == "cpu"
+        self._turn = 0
+        if not self._on_host:
+            self._staged = torch.zeros((STEPS_IN_FLIGHT, arrays, most), dtype=torch.int64, pin_memory=True)
+            self._there = torch.zeros((arrays, most), dtype=torch.int64, device=device)
+
+    @property
+    def bytes(self) -> int:
+        """Device memory."""
+        return 0 if self._on_host else self._there.numel() * self._there.element_size()
+
+    def send(self, *arrays: NDArray[np.int64]) -> list[Tensor]:
+        """The arrays, all ``[n]``, as tensors on the device; the next call overwrites them there."""
+        if self._on_host:
+            return [torch.from_numpy(array) for array in arrays]
+        self._turn = (self._turn + 1) % STEPS_IN_FLIGHT
+        count = len(arrays[0])
+        staged = self._staged[self._turn, :, :count]
+        for row, array in enumerate(arrays):
+            staged[row].numpy()[:] = array
+        return list(self._there[:, :count].copy_(staged, non_blocking=True))
 
 
 class TokenSlots:

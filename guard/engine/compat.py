@@ -43,7 +43,7 @@ def check(sources: Sources | None = None) -> str:
     version = str(vllm.__version__)
     minor = ".".join(version.split(".")[:2])
     _check_version(version, minor)
-    found = read(sources or installed("vllm"))
+    found = read(sources) if sources else read_installed()
     if minor in table():
         if wrong := differences(table()[minor], found):
             raise GuardStartupError(
@@ -69,6 +69,12 @@ def _check_version(version: str, minor: str) -> None:
         f"vLLM {version} is installed, but this version of the guard was run on {run} only{compared}; "
         f"install one of those, or set {OVERRIDE_ENV}={version} to try at your own risk"
     )
+
+
+@cache
+def read_installed() -> Row:
+    """What ``read`` finds in the installed vLLM; a forked process knows it from the one it is a copy of."""
+    return read(installed("vllm"))
 
 
 @cache

@@ -34,10 +34,29 @@ from guard.engine.answer import (
     read_body,
     stream_error,
 )
-from guard.engine.config import CONFIG_KEY, EXTRA_ARG, GuardConfig, audience_from_env, keyring_from_env
+from guard.engine.config import (
+    CONFIG_KEY,
+    ENTRIES_KEY,
+    EXTRA_ARG,
+    STOP_KEY,
+    GuardConfig,
+    audience_from_env,
+    keyring_from_env,
+)
 from guard.engine.exchange import CURRENT, Admission, Exchange
 from guard.engine.ledger import STOPPING
-from guard.engine.metrics import CLOSED_ROUTES, DIRECTIVE_ERRORS, MISSING_VERDICTS, UNSCORED_SHAPES, VERDICTS
+from guard.engine.metrics import (
+    CLOSED_ROUTES,
+    DIRECTIVE_ERRORS,
+    EXCHANGES,
+    LEDGER,
+    MISSING_VERDICTS,
+    STOP_TOKENS,
+    STOPS,
+    TASKS,
+    UNSCORED_SHAPES,
+    VERDICTS,
+)
 from guard.engine.readiness import Readiness
 from guard.engine.routes import JUDGED, is_open
 from guard.verdict import (
@@ -54,6 +73,9 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 VERDICT_DEADLINE_ENV = "NEURONGUARD_VERDICT_DEADLINE"
 """Seconds after which a directed request without a verdict is given up; 300 by default."""
+
+STOPPING_SIGNAL = signal.SIGUSR1
+"""Sent some seconds before SIGTERM, so that gateways send no more requests: docs/operations.md."""
 
 SELF_TEST_FAILED = threading.Event()
 """Set in this process when the self-test failed; the launcher turns it into its exit status."""
@@ -102,7 +124,11 @@ class Exchanges:
         for output in engine_core_outputs:
             params = output.kv_transfer_params
             if params is not None and CONFIG_KEY in params:
+                LEDGER.set(params.pop(ENTRIES_KEY))
                 self._take(output.request_id, params.pop(CONFIG_KEY))
+                output.kv_transfer_params = params or None
+            if params is not None and STOP_KEY in params:
+                self._count(output.request_id, params.pop(STOP_KEY))
                 output.kv_transfer_params = params or None
         return self._process(engine_core_outputs, *args, **kwargs)
 
@@ -115,6 +141,13 @@ class Exchanges:
             VERDICTS.labels(verdict.action, verdict.mode, exchange.source).inc()
             if verdict.unscored_shape:
                 UNSCORED_SHAPES.labels(verdict.action, exchange.source).inc()
+
+    def _count(self, request_id: str, told: dict[str, Any]) -> None:
+        exchange = self._of.get(request_id)
+        source = exchange.source if exchange is not None else "direct"
+        STOPS.labels(told["outcome"], source).inc()
+        if told["tokens"] is not None:
+            STOP_TOKENS.observe(told["tokens"])
 
 
 class GuardMiddleware:
@@ -154,12 +187,22 @@ class GuardMiddleware:
         config = GuardConfig.of(engine_client.vllm_config)
         bundle = config.load_bundle()
         self._exchanges = Exchanges(engine_client.output_processor)
+        loop = asyncio.get_running_loop()
+        EXCHANGES.set_function(self._exchanges.__len__)
+        TASKS.set_function(lambda: len(asyncio.all_tasks(loop)))
         models = getattr(state, "openai_serving_models", None)
         adapters = models.lora_requests if models is not None else {}
         self._readiness = Readiness(
             engine_client, config, bundle.card, self._audience, adapters, config.signed_by(bundle)
         )
-        self._self_test = asyncio.get_running_loop().create_task(self._run_self_test(self._readiness))
+        loop = asyncio.get_running_loop()
+        self._self_test = loop.create_task(self._run_self_test(self._readiness))
+        if threading.current_thread() is threading.main_thread():
+            loop.add_signal_handler(STOPPING_SIGNAL, self._stopping, self._readiness)
+
+    def _stopping(self, readiness: Readiness) -> None:
+        logger.info("told by a signal that the engine will be stopped: gateways are told by its status")
+        readiness.set("stopping", "it will be stopped")
 
     async def _run_self_test(self, readiness: Readiness) -> None:
         try:

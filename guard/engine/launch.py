@@ -8,8 +8,10 @@ a failed self-test ends in exit status 3.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import secrets
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,6 +33,7 @@ from guard.engine.config import (
     verify_served_model,
 )
 from guard.engine.errors import GuardStartupError
+from guard.engine.forking import keep_fork
 from guard.engine.support import is_set
 from guard.verdict import Decision, Rule
 
@@ -164,6 +167,8 @@ def _verify(bundle: Bundle, args: Any) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the server until it is told to stop; returns the exit status."""
+    # Until the server handles it, the word that it will be stopped must not end it.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     options, rest = guard_arguments().parse_known_args(arguments)
     if options.key_file:
         os.environ[KEY_FILE_ENV] = options.key_file
@@ -186,6 +191,10 @@ def _serve(args: argparse.Namespace) -> int:
     server = compat.server_parts()
     server.cli_env_setup()
     server.configure_logging(args)
+    keep_fork()
+    # Modules stay: no collection of this process or of one forked from it need look at them again.
+    gc.freeze()
+    gc.enable()
     try:
         uvloop.run(server.run_server(args))
     except KeyboardInterrupt:

@@ -12,9 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from guard.bundle import AdapterCard, GuardCard
 from guard.engine.selftest import Expected, Key, SelfTestRun
+from guard.engine.watch import Watch
 from guard.prompts import ends_with_tail
 from guard.sealed import Keyring
 from guard.verdict import (
@@ -65,7 +67,8 @@ class Ledger:
     """All requests of one engine core.
 
     ``unjudged`` holds the ids that have no verdict yet, ``slots`` the number of the patch for those that run
-    under one: its place in the card, from 1.
+    under one: its place in the card, from 1. ``watched`` holds those whose answers are watched as they grow;
+    ``watches`` says whether this engine can.
     """
 
     def __init__(
@@ -78,8 +81,11 @@ class Ledger:
         keys: Keyring | None,
         audience: str,
         adapters: Sequence[str] = (),
+        watches: bool = False,
     ) -> None:
         self._card = card
+        self._watches = watches
+        self._read: Literal["prompt", "prompt_last"] = "prompt" if card.probe == "sequence" else "prompt_last"
         self._bundle = bundle
         self._default = default
         self._keys = keys
@@ -95,6 +101,7 @@ class Ledger:
         self._patches = {patch.name: (slot, patch) for slot, patch in enumerate(card.patches, start=1)}
         self.unjudged: set[str] = set()
         self.slots: dict[str, int] = {}
+        self.watched: dict[str, Watch] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -127,6 +134,8 @@ class Ledger:
                 entry.decision = self._check
         self._entries[request_id] = entry
         self.unjudged.add(request_id)
+        if (monitor := entry.decision.monitor) is not None and entry.decision.mode != "check":
+            self.watched[request_id] = Watch(monitor, entry.nonce, stops=entry.decision.mode == "enforce")
 
     def judge(self, request_id: str, logit: float | None) -> Verdict | Rerun:
         """Give the one verdict of a request, or send it back. ``logit`` None means that no score came."""
@@ -137,7 +146,14 @@ class Ledger:
             return judged
         self.unjudged.discard(request_id)
         entry.verdict = judged
+        if (watch := self.watched.get(request_id)) is not None:
+            watch.armed = True
         return judged
+
+    def verdict(self, request_id: str) -> Verdict | None:
+        """The verdict of a request that has one."""
+        entry = self._entries.get(request_id)
+        return entry.verdict if entry else None
 
     def prefix(self, verdict: Verdict) -> tuple[int, ...]:
         """Tokens that the answer has to begin with; usually none."""
@@ -162,6 +178,7 @@ class Ledger:
         """Forget a request and return its verdict, if it had one. Harmless when it is not known."""
         self.unjudged.discard(request_id)
         self.slots.pop(request_id, None)
+        self.watched.pop(request_id, None)
         entry = self._entries.pop(request_id, None)
         return entry.verdict if entry else None
 
@@ -176,6 +193,8 @@ class Ledger:
             entry.decision, entry.nonce = directive.decision, directive.nonce
             if not entry.decision.patches <= self._patches.keys():
                 entry.denied = "directive_unknown_patch"
+            elif entry.decision.monitor is not None and not self._watches:
+                entry.denied = "directive_no_monitor"
 
     def _scored(self, entry: Entry, logit: float) -> Verdict | Rerun:
         probability = self._card.calibration.probability(logit)
@@ -227,7 +246,7 @@ class Ledger:
             mode=entry.decision.mode,
             policy=entry.decision.policy,
             bundle=self._bundle,
-            read="prompt_last",
+            read=self._read,
             unscored_shape=entry.unscored_shape,
             prompt_tokens=entry.prompt_tokens,
             nonce=entry.nonce,
@@ -245,7 +264,7 @@ class Ledger:
             mode=entry.decision.mode,
             policy=entry.decision.policy,
             bundle=self._bundle,
-            read="nothing" if logit is None else "prompt_last",
+            read="nothing" if logit is None else self._read,
             unscored_shape=entry.unscored_shape,
             prompt_tokens=entry.prompt_tokens,
             nonce=entry.nonce,

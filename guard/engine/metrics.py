@@ -6,7 +6,7 @@ counter starts at zero for each value of its labels, so that Prometheus sees the
 
 from itertools import product
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter, Gauge, Histogram
 
 from guard.sealed import SEAL_ERRORS
 from guard.verdict import DIRECTIVE_ERRORS as REASONS
@@ -31,6 +31,25 @@ MISSING_VERDICTS = Counter(
 CLOSED_ROUTES = Counter(
     "guard_engine_closed_routes", "Requests for routes of vLLM that a guarded engine does not answer."
 )
+EXCHANGES = Gauge(
+    "guard_engine_exchanges",
+    "Engine requests of HTTP requests that are being followed to their verdict or end.",
+)
+LEDGER = Gauge(
+    "guard_engine_ledger_entries",
+    "Requests in the scheduler's ledger when it last gave a verdict or let a judged request go.",
+)
+TASKS = Gauge("guard_engine_asyncio_tasks", "Tasks of the API server's event loop.")
+STOPS = Counter(
+    "guard_engine_stops",
+    "Answers that were stopped as they grew, would have been (observed), or had no scores (failed).",
+    ("outcome", "source"),
+)
+STOP_TOKENS = Histogram(
+    "guard_engine_stop_tokens",
+    "Tokens of an answer that had been scored when it was stopped, or would have been.",
+    buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024),
+)
 READY = Gauge("guard_engine_ready", "1 from the moment that the start-up self-test has passed.")
 INFO = Gauge(
     "guard_engine_info",
@@ -49,6 +68,8 @@ for _source in ("gateway", "direct"):
     UNSCORED_SHAPES.labels("refuse", _source)
     UNSCORED_SHAPES.labels("pass", _source)
     VERDICTS.labels("error", "enforce", _source)
+    for _outcome in ("stopped", "observed", "failed"):
+        STOPS.labels(_outcome, _source)
 for _reason in (*SEAL_ERRORS, *REASONS):
     DIRECTIVE_ERRORS.labels(_reason)
 

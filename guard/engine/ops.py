@@ -1,8 +1,8 @@
-"""The operations inside the forward pass: a tap copies out of a layer's input, a patch writes into it.
+"""The operations inside the forward pass: a tap reads a layer's input, a patch writes into it.
 
-They are registered with torch as ``neuronguard::gather`` and ``neuronguard::patch``, so that torch.compile
-keeps each as one opaque node and a CUDA graph replays it: they branch on shapes alone, never on data, and
-what they touch has fixed addresses.
+They are registered with torch as ``neuronguard::gather``, ``neuronguard::weigh`` and ``neuronguard::patch``,
+so that torch.compile keeps each as one opaque node and a CUDA graph replays it: they branch on shapes alone,
+never on data, and what they touch has fixed addresses.
 """
 
 from __future__ import annotations
@@ -37,6 +37,21 @@ def gather_rows(x: Tensor, index: Tensor, out: Tensor, begin: int, end: int, row
         target.copy_(torch.take(x, index[:rows, begin:end]))
 
 
+def weigh(x: Tensor, columns: Tensor, weight: Tensor, out: Tensor, width: int) -> None:
+    """``out[t] = x[t, columns] @ weight`` in float32 for every token; without columns, ``x[t] @ weight``.
+
+    ``x`` is ``[tokens, width]`` (or with further leading dimensions), ``columns`` int64 ``[k]`` or empty,
+    ``weight`` float32 ``[k or width, channels]``, ``out`` float32 ``[most tokens, channels]``. Raises
+    ValueError when the input is not as wide as the weights were made for.
+    """
+    if x.shape[-1] != width:
+        raise ValueError(f"a tapped layer was given {x.shape[-1]} columns, expected {width}")
+    rows = x.reshape(-1, width)
+    if len(columns):
+        rows = rows.index_select(1, columns)
+    torch.mm(rows.float(), weight, out=out[: len(rows)])
+
+
 def patch(x: Tensor, slot: Tensor, columns: Tensor, scale: Tensor, shift: Tensor) -> None:
     """``x[t, columns] = x[t, columns] · scale[slot[t]] + shift[slot[t]]`` unless ``slot[t]`` is 0, in place.
 
@@ -66,6 +81,14 @@ def _nothing(x: Tensor, index: Tensor, out: Tensor, begin: int, end: int, width:
     """Shapes only: what torch.compile traces with."""
 
 
+def _weighs_nothing(x: Tensor, columns: Tensor, weight: Tensor, out: Tensor, width: int) -> None:
+    """Shapes only: what torch.compile traces with."""
+
+
+LIBRARY.define("weigh(Tensor x, Tensor columns, Tensor weight, Tensor(a!) out, int width) -> ()")
+LIBRARY.impl("weigh", weigh, "CPU")
+LIBRARY.impl("weigh", weigh, "CUDA")
+LIBRARY._register_fake("weigh", _weighs_nothing)
 LIBRARY.define("patch(Tensor(a!) x, Tensor slot, Tensor columns, Tensor scale, Tensor shift) -> ()")
 LIBRARY.impl("patch", patch, "CPU")
 LIBRARY.impl("patch", patch, "CUDA")

@@ -19,6 +19,13 @@ LOGITS_ATTRIBUTE = "neuronguard_logits"
 IDLE_ATTRIBUTE = "neuronguard_idle"
 """Name of the extra attribute of ``SchedulerOutput``: true when nobody in the step waits for a verdict."""
 
+WATCHED_ATTRIBUTE = "neuronguard_watched"
+"""Name of the extra attribute of ``SchedulerOutput``: true when an answer in the step is watched."""
+
+RUNNING_ATTRIBUTE = "neuronguard_running"
+"""Name of the extra attribute of ``ModelRunnerOutput``: pooled scores of growing answers, float32 ``[n]`` in
+the order of its requests, −inf where no answer has begun."""
+
 SLOTS_ATTRIBUTE = "neuronguard_slots"
 """Name of the extra attribute of ``SchedulerOutput``: ``{request id: number of its patch}`` in the step."""
 
@@ -29,24 +36,34 @@ PREFIX_ATTRIBUTE = "neuronguard_prefix"
 class ScoredOutput(AsyncModelRunnerOutput):
     """A step's output that is still being computed, with its scores."""
 
-    def __init__(self, output: AsyncModelRunnerOutput, scores: PendingScores) -> None:
+    def __init__(
+        self, output: AsyncModelRunnerOutput, scores: PendingScores | None, running: PendingScores | None
+    ) -> None:
         self._output = output
         self._scores = scores
+        self._running = running
 
     def get_output(self) -> ModelRunnerOutput:
         """The step's output with the logits attached; waits for both."""
-        output = self._output.get_output()
-        setattr(output, LOGITS_ATTRIBUTE, self._scores.take())
-        return output
+        return _with(self._output.get_output(), self._scores, self._running)
 
 
-def attach(output: Any, scores: PendingScores | None) -> Any:
-    """The runner's output with ``scores``, which may be None. Raises RuntimeError for an unknown output."""
-    if scores is None:
+def attach(output: Any, scores: PendingScores | None, running: PendingScores | None = None) -> Any:
+    """The runner's output with what there is of the two. Raises RuntimeError for an unknown output."""
+    if scores is None and running is None:
         return output
     if isinstance(output, AsyncModelRunnerOutput):
-        return ScoredOutput(output, scores)
+        return ScoredOutput(output, scores, running)
     if isinstance(output, ModelRunnerOutput):
-        setattr(output, LOGITS_ATTRIBUTE, scores.take())
-        return output
+        return _with(output, scores, running)
     raise RuntimeError(f"the guard cannot attach its scores to a {type(output).__name__}")
+
+
+def _with(
+    output: ModelRunnerOutput, scores: PendingScores | None, running: PendingScores | None
+) -> ModelRunnerOutput:
+    if scores is not None:
+        setattr(output, LOGITS_ATTRIBUTE, scores.take())
+    if running is not None:
+        setattr(output, RUNNING_ATTRIBUTE, running.take_array())
+    return output

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 from guard import __version__
 from guard.bundle import GuardCard
@@ -14,7 +14,8 @@ from guard.engine.errors import GuardStartupError
 from guard.engine.exchange import CURRENT, Exchange
 from guard.engine.metrics import show
 from guard.engine.selftest import failure
-from guard.verdict import EngineStatus
+from guard.engine.support import can_watch
+from guard.verdict import EngineState, EngineStatus
 
 
 class Readiness:
@@ -47,6 +48,7 @@ class Readiness:
             label=card.label,
             thresholds=card.thresholds,
             patches=tuple(patch.name for patch in card.patches),
+            monitor=card.monitor if can_watch(card, engine_client.vllm_config) else (),
             checks_shape=bool(card.prompt_tails),
             default=config.default,
             guard_version=__version__,
@@ -61,8 +63,10 @@ class Readiness:
         ranks = engine_client.vllm_config.parallel_config.data_parallel_size
         self._ranks = (None,) if ranks == 1 else tuple(range(ranks))
 
-    def set(self, state: Literal["starting", "ready", "failed"], detail: str) -> None:
-        """Change the state; ``detail`` is a sentence for people."""
+    def set(self, state: EngineState, detail: str) -> None:
+        """Change the state; ``detail`` is a sentence for people. What is stopping is never ready again."""
+        if self.status.state == "stopping" and state == "ready":
+            return
         self.status = self.status.model_copy(update={"state": state, "detail": detail})
         show(self.status)
 

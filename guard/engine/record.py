@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from guard.engine.taps import Taps
 from guard.engine.worker import GuardWorker
 
 WORKER = "guard.engine.record.RecordingWorker"
@@ -38,7 +39,7 @@ class RecordingWorker(GuardWorker):
     def execute_model(self, scheduler_output: Any) -> Any:
         """As the guard's worker; afterwards the features are copied to the host."""
         output = super().execute_model(scheduler_output)
-        if self._scores is not None:
+        if self._scores is not None and isinstance(self.taps, Taps):
             ids = self._scores.request_ids
             read = self.taps.features(len(ids)).to("cpu", torch.float32, copy=True)
             # A request that was preempted ends its prompt again, with the same features.
@@ -48,4 +49,5 @@ class RecordingWorker(GuardWorker):
     def take_recorded(self) -> Recorded:
         """Everything read so far, and forget it."""
         rows, self._rows = self._rows, {}
-        return Recorded(self.taps.positions, rows)
+        positions = self.taps.positions if isinstance(self.taps, Taps) else []
+        return Recorded(positions, rows)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from guard.engine.errors import GuardStartupError
-from guard.engine.staging import Layout
+from guard.engine.staging import KvPlaces, Layout
 
 Stage = Callable[[Layout], None]
 
@@ -47,12 +47,14 @@ def _wrap_v1(runner: Any, stage: Stage) -> None:
     def prepare_and_stage(scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
         prepared = prepare(scheduler_output, num_scheduled_tokens)
         batch = runner.input_batch
+        table = batch.block_table[0]
         stage(
             Layout(
                 batch.req_ids,
                 runner.query_start_loc.np,
                 batch.num_computed_tokens_cpu,
                 batch.num_prompt_tokens,
+                KvPlaces(table.slot_mapping.gpu, table.block_table.gpu, table.block_size),
             )
         )
         return prepared

@@ -28,7 +28,9 @@ from vllm.v1.request import Request, RequestStatus
 from guard.engine import compat
 from guard.engine.config import (
     CONFIG_KEY,
+    ENTRIES_KEY,
     EXTRA_ARG,
+    STOP_KEY,
     GuardConfig,
     audience_from_env,
     keyring_from_env,
@@ -37,8 +39,16 @@ from guard.engine.config import (
 )
 from guard.engine.errors import GuardStartupError
 from guard.engine.ledger import STOPPING, Ledger, Rerun
-from guard.engine.outputs import IDLE_ATTRIBUTE, LOGITS_ATTRIBUTE, PREFIX_ATTRIBUTE, SLOTS_ATTRIBUTE
-from guard.engine.support import refuse_too_few_slots, refuse_unsupported
+from guard.engine.outputs import (
+    IDLE_ATTRIBUTE,
+    LOGITS_ATTRIBUTE,
+    PREFIX_ATTRIBUTE,
+    RUNNING_ATTRIBUTE,
+    SLOTS_ATTRIBUTE,
+    WATCHED_ATTRIBUTE,
+)
+from guard.engine.support import can_watch, refuse_too_few_slots, refuse_unsupported
+from guard.engine.watch import Found
 from guard.verdict import UNSCORED_SHAPE, Verdict
 
 REFUSED_STOP_REASON = "guard:refused"
@@ -73,14 +83,16 @@ class GuardMixin(_Scheduler):
         # Who could name the salt of a patched run would find its blocks, or leave others in their place.
         self._salt = secrets.token_hex(16)
         self._untold: dict[str, list[int]] = {}
+        self._keys = keyring_from_env()
         self.ledger = Ledger(
             bundle.card,
             bundle=bundle.digest,
             dtype=str(model.dtype).removeprefix("torch."),
             default=config.default,
-            keys=keyring_from_env(),
+            keys=self._keys,
             audience=audience_from_env(),
             adapters=tuple(config.adapters),
+            watches=can_watch(bundle.card, self.vllm_config),
         )
 
     def add_request(self, request: Request) -> None:
@@ -105,6 +117,8 @@ class GuardMixin(_Scheduler):
         scheduled = scheduler_output.num_scheduled_tokens
         if scheduled.keys().isdisjoint(self.ledger.unjudged):
             setattr(scheduler_output, IDLE_ATTRIBUTE, True)
+        if not scheduled.keys().isdisjoint(self.ledger.watched):
+            setattr(scheduler_output, WATCHED_ATTRIBUTE, True)
         if slots := self.ledger.slots:
             here = {rid: slots[rid] for rid in slots.keys() & scheduled.keys()}
             setattr(scheduler_output, SLOTS_ATTRIBUTE, here)
@@ -117,7 +131,11 @@ class GuardMixin(_Scheduler):
         self, scheduler_output: Any, model_runner_output: Any
     ) -> dict[int, EngineCoreOutputs]:
         """Judge the requests whose prompt ended in this step; silence those that must not speak."""
-        if scheduler_output.num_scheduled_tokens.keys().isdisjoint(self.ledger.unjudged):
+        scheduled = scheduler_output.num_scheduled_tokens
+        found: dict[str, Found] = {}
+        if not scheduled.keys().isdisjoint(self.ledger.watched):
+            found = self._watch(scheduler_output, model_runner_output)
+        if scheduled.keys().isdisjoint(self.ledger.unjudged) and not found:
             return super().update_from_output(scheduler_output, model_runner_output)
         judged = self._judge(scheduler_output, model_runner_output)
         verdicts = {rid: found for rid, found in judged.items() if isinstance(found, Verdict)}
@@ -125,7 +143,8 @@ class GuardMixin(_Scheduler):
         stopped = [rid for rid, verdict in verdicts.items() if verdict.action in STOPPING]
         prefixes = {rid: tokens for rid, found in verdicts.items() if (tokens := self.ledger.prefix(found))}
         prompt_logprobs = {rid: model_runner_output.prompt_logprobs_dict.get(rid) for rid in prefixes}
-        for rid in (*stopped, *reruns, *prefixes):
+        cut = [rid for rid, seen in found.items() if seen.cut]
+        for rid in (*stopped, *reruns, *prefixes, *cut):
             _silence(model_runner_output, rid)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for rid, rerun in reruns.items():
@@ -137,11 +156,36 @@ class GuardMixin(_Scheduler):
         for engine_outputs in outputs.values():
             for output in engine_outputs.outputs:
                 if (verdict := verdicts.get(output.request_id)) is not None:
-                    output.kv_transfer_params = _carry(verdict, output.kv_transfer_params)
+                    output.kv_transfer_params = self._carry(verdict, output.kv_transfer_params)
+                if (seen := found.get(output.request_id)) is not None:
+                    output.kv_transfer_params = _tell(seen, output.kv_transfer_params)
         for rid in stopped:
             if (request := self.requests.get(rid)) is not None:
                 self._stop(request, verdicts[rid], outputs)
+        for rid in cut:
+            if (request := self.requests.get(rid)) is not None:
+                self._cut(request, found[rid], outputs)
         return outputs
+
+    def _watch(self, scheduler_output: Any, model_runner_output: Any) -> dict[str, Found]:
+        """Answers that have to be stopped at this step, or would have to be, by request id."""
+        values = getattr(model_runner_output, RUNNING_ATTRIBUTE, None)
+        tokens, row = model_runner_output.sampled_token_ids, model_runner_output.req_id_to_index
+        found: dict[str, Found] = {}
+        for rid in self.ledger.watched.keys() & scheduler_output.num_scheduled_tokens.keys():
+            request = self.requests.get(rid)
+            if request is None or not self._delivers(request) or not (tokens and len(tokens[row[rid]])):
+                continue
+            value = None if values is None else float(values[row[rid]])
+            if (seen := self.ledger.watched[rid].see(value, request.num_output_tokens)) is not None:
+                found[rid] = seen
+        return found
+
+    @staticmethod
+    def _delivers(request: Request) -> bool:
+        """Whether the base class will take this step's output for the request, or discards it whole."""
+        stale = request.num_stale_output_tokens > 0 and request.drop_stale_output
+        return not (request.is_finished() or stale)
 
     def _judge(self, scheduler_output: Any, model_runner_output: Any) -> dict[str, Verdict | Rerun]:
         """Verdicts of this step, and requests that have to run again, by request id."""
@@ -150,10 +194,8 @@ class GuardMixin(_Scheduler):
         verdicts: dict[str, Verdict | Rerun] = {}
         for rid in self.ledger.unjudged.intersection(scheduler_output.num_scheduled_tokens):
             request = self.requests.get(rid)
-            if request is None or request.is_finished():
+            if request is None or not self._delivers(request):
                 continue
-            if request.num_stale_output_tokens > 0 and request.drop_stale_output:
-                continue  # the base class discards this output whole
             logit = logits.get(rid)
             if logit is None and not (tokens and len(tokens[row[rid]])):
                 continue  # a chunk before the last: neither score nor token
@@ -236,9 +278,29 @@ class GuardMixin(_Scheduler):
             finish_reason=request.get_finished_reason(),
             stop_reason=request.stop_reason,
             events=request.take_events(),
-            kv_transfer_params=_carry(verdict, None),
+            kv_transfer_params=self._carry(verdict, None),
             trace_headers=request.trace_headers,
             prefill_stats=stats,
+        )
+        outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(output)
+
+    def _cut(self, request: Request, found: Found, outputs: dict[int, EngineCoreOutputs]) -> None:
+        """Finish a request in the middle of its answer, and say so to its client."""
+        if found.stop is not None:
+            request.stop_reason = found.stop.reason(self._keys)
+        verdict = self.ledger.close(request.request_id)  # the output is made here, not by _free_request
+        failed = found.outcome == "failed"
+        self.finish_requests(
+            request.request_id, RequestStatus.FINISHED_ERROR if failed else RequestStatus.FINISHED_STOPPED
+        )
+        output = EngineCoreOutput(
+            request_id=request.request_id,
+            new_token_ids=[],
+            finish_reason=request.get_finished_reason(),
+            stop_reason=request.stop_reason,
+            events=request.take_events(),
+            kv_transfer_params=_tell(found, self._carry(verdict, None) if verdict else None),
+            trace_headers=request.trace_headers,
         )
         outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(output)
 
@@ -250,7 +312,10 @@ class GuardMixin(_Scheduler):
         verdict = self.ledger.close(request.request_id)
         self._untold.pop(request.request_id, None)
         params, encoder_params = super()._free_request(request, delay_free_blocks=delay_free_blocks)
-        return (_carry(verdict, params) if verdict else params), encoder_params
+        return (self._carry(verdict, params) if verdict else params), encoder_params
+
+    def _carry(self, verdict: Verdict, params: dict[str, Any] | None) -> dict[str, Any]:
+        return {**(params or {}), CONFIG_KEY: verdict.model_dump_json(), ENTRIES_KEY: len(self.ledger)}
 
 
 class GuardScheduler(GuardMixin, Scheduler):
@@ -289,8 +354,9 @@ def _silence(model_runner_output: Any, request_id: str) -> None:
     compat.drop_prompt_logprobs(model_runner_output, request_id)
 
 
-def _carry(verdict: Verdict, params: dict[str, Any] | None) -> dict[str, Any]:
-    return {**(params or {}), CONFIG_KEY: verdict.model_dump_json()}
+def _tell(found: Found, params: dict[str, Any] | None) -> dict[str, Any]:
+    tokens = found.stop.tokens if found.stop else None
+    return {**(params or {}), STOP_KEY: {"outcome": found.outcome, "tokens": tokens}}
 
 
 def _stream_sentinel(request: Request) -> tuple[list[int], LogprobsLists | None]:

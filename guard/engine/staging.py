@@ -12,8 +12,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 IntArray = NDArray[np.integer[Any]]
+
+
+class KvPlaces(NamedTuple):
+    """Where the tokens of a step lie in the KV cache, on the device, as the runner filled it in."""
+
+    slots: Tensor
+    """int64, at least as long as the step has tokens: the slot of each."""
+    blocks: Tensor
+    """int32 ``[n or more, most blocks]``: the blocks of each request, in order."""
+    block_size: int
+    """Slots in a block; token ``t`` of a request lies in its block ``t // block_size``."""
 
 
 class Layout(NamedTuple):
@@ -26,6 +38,8 @@ class Layout(NamedTuple):
     """Tokens computed before this step, at least ``n``."""
     prompt: IntArray
     """Prompt lengths, at least ``n``."""
+    places: KvPlaces | None = None
+    """None where the runner does not say."""
 
 
 class Staging:
@@ -37,6 +51,8 @@ class Staging:
 
     def __init__(self, max_requests: int) -> None:
         self.rows: NDArray[np.int64] = np.zeros(max_requests, dtype=np.int64)
+        self.requests: NDArray[np.int64] = np.zeros(max_requests, dtype=np.int64)
+        """Which request of the batch each row belongs to."""
         self.count = 0
         self.request_ids: list[str] = []
 
@@ -53,5 +69,6 @@ class Staging:
         hit = np.flatnonzero((offset >= 0) & (offset < layout.start[1 : n + 1] - start))
         self.count = len(hit)
         self.rows[: self.count] = start[hit] + offset[hit]
+        self.requests[: self.count] = hit
         self.request_ids = [layout.request_ids[i] for i in hit]
         return self.count

@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from guard.card import GuardCard
 from guard.engine import quantisation
 from guard.engine.errors import GuardStartupError
 from guard.sites import MODULES
@@ -226,6 +227,35 @@ def refuse_too_few_slots(vllm_config: Any, adapters: int) -> None:
             f"on a CPU, {adapters} LoRA adapters need --max-loras {adapters + 1}, it is {lora.max_loras}: "
             "vLLM gives requests without an adapter the weights in the last slot, which has to stay empty"
         )
+
+
+def can_watch(card: GuardCard, vllm_config: Any) -> bool:
+    """Whether answers can be watched as they grow.
+
+    Not with speculative decoding: of the tokens of a step, it is known only afterwards which were accepted.
+    """
+    return card.probe == "sequence" and vllm_config.speculative_config is None
+
+
+def kv_slots(kv_cache_config: Any, runner: Any) -> int:
+    """Slots of the KV cache, for a probe that keeps a score in each. Raises GuardStartupError.
+
+    Every token of a request must have one slot that it keeps: one group of layers, all with full attention.
+    """
+    groups = kv_cache_config.kv_cache_groups
+    kinds = [type(group.kv_cache_spec).__name__ for group in groups]
+    if kinds != ["FullAttentionSpec"]:
+        raise GuardStartupError(
+            "a sequence probe keeps a score for every token in the KV cache's address space, which needs one "
+            f"kind of cache, with full attention, in all layers; there is: {', '.join(kinds) or 'none'}. "
+            "Fit a probe of the last token for it (neuronguard fit --pooling last)"
+        )
+    if not hasattr(runner, "_prepare_inputs"):
+        raise GuardStartupError(
+            "a sequence probe has not been run with vLLM's second model runner; "
+            "set VLLM_USE_V2_MODEL_RUNNER=0, or use a probe of the last token"
+        )
+    return int(kv_cache_config.num_blocks * groups[0].kv_cache_spec.block_size)
 
 
 def _architecture(vllm_config: Any) -> str:

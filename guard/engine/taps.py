@@ -79,7 +79,7 @@ class Taps:
         self.staging = Staging(max_requests)
         self._replayed = replayed
         self._idle = False
-        sites = _local_sites(bundle.card, model, rank)
+        sites = local_sites(bundle.card, model, rank)
         self.positions = [position for site in sites for position in site.positions]
         """Which of the bundle's features this rank holds, in the order in which it does."""
         self._head = ProbeHead(
@@ -129,8 +129,8 @@ class Taps:
 
         site.module.register_forward_pre_hook(read)
 
-    def begin(self, *, idle: bool = False) -> None:
-        """Start a step; ``idle`` says that nobody in it waits for a verdict."""
+    def begin(self, *, idle: bool = False, watched: bool = False) -> None:
+        """Start a step; ``idle`` says that nobody in it waits for a verdict. No answers are watched here."""
         self.clear()
         self._idle = idle
 
@@ -162,6 +162,9 @@ class Taps:
             self._index[:count] = self._columns
         return self._buffers.to_host(self.staging.request_ids, logits)
 
+    def watch(self) -> None:
+        """Growing answers are not scored by a probe of the last prompt token."""
+
     def features(self, count: int) -> Tensor:
         """This rank's features ``[count, positions]`` of the step scored last; the next overwrites them."""
         return self._features[:count]
@@ -182,7 +185,7 @@ def site_layers(card: GuardCard, model: nn.Module) -> dict[str, nn.Module]:
     return {name: modules[name] for name in names}
 
 
-def _local_sites(card: GuardCard, model: nn.Module, rank: int) -> list[LocalSite]:
+def local_sites(card: GuardCard, model: nn.Module, rank: int) -> list[LocalSite]:
     """The part of each site on this rank. Raises GuardStartupError when a layer is not as expected."""
     sites, begin = [], 0
     for site, (name, module) in zip(card.sites, site_layers(card, model).items(), strict=True):

@@ -69,6 +69,8 @@ def engine_environment(ours: Mapping[str, str], verbose: bool = False) -> dict[s
         # Left to itself vLLM ties its threads to chosen cores, which starves on a machine that does other
         # work too, and fails where a container shows a single core.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        # All processes as copies of the first: libraries are imported once and not three times.
+        "VLLM_WORKER_MULTIPROC_METHOD": "fork",
         # One core stays for the server and engine loops, which are busy whenever the model is.
         "OMP_NUM_THREADS": str(max(1, cores - 1)),
         # GiB; naming a size also skips a warm-up of the compiler.

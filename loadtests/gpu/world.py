@@ -84,7 +84,7 @@ def in_both_dtypes(model: Path, bundle: Bundle, deviation: float, device: str) -
             "tolerance": {**test.tolerance, "bfloat16": ROUNDING_MARGIN * largest},
         }
     )
-    return Bundle(bundle.card.model_copy(update={"self_test": both}), bundle.scorer, bundle.patches.values())
+    return Bundle(bundle.card.model_copy(update={"self_test": both}), bundle.probe, bundle.patches.values())
 
 
 def scores(

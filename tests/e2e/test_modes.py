@@ -14,7 +14,9 @@ import pytest
 from guard.bundle import Bundle
 from guard.capture import read_prompts
 from guard.checkpoint import Checkpoint
+from guard.pooling import Pooling
 from guard.scorer import Scorer
+from loadtests.random_model import with_sequence_probe
 from tests.e2e import child
 from tests.e2e.patched_world import NEW_TOKENS, answers, made, shown
 from tests.engine import architectures, world
@@ -41,6 +43,15 @@ def stored_bundle(tiny_bundle, tmp_path_factory):
         if patch.card.kind != "dynamic":
             bundle = bundle.with_patch(patch)
     return bundle, bundle.save(tmp_path_factory.mktemp("stored") / "bundle")
+
+
+@pytest.fixture(scope="module")
+def sequence(tiny_bundle, reference, prompts, tmp_path_factory):
+    """A bundle whose probe reads every token, and its logits by transformers ``[prompts]``."""
+    pooling = Pooling(kind="attention", heads=2)
+    bundle = with_sequence_probe(tiny_bundle, reference, pooling, world.prompts(60, seed=1000))
+    expected = [bundle.sequence.logit(reference.features_of_all(prompt)) for prompt in prompts]
+    return bundle.save(tmp_path_factory.mktemp("sequence") / "bundle"), np.array(expected)
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +113,11 @@ class TestCompiled:
         again = start("again", bundle=tiny_bundle_dir, mode="observe")
         assert_untouched(again, plain)
         assert np.abs(np.array(again.logits) - expected).max() <= 1e-3
+
+    def test_every_token_is_scored_by_a_sequence_probe(self, start, plain, sequence):
+        directory, expected = sequence
+        result = start("sequence", bundle=directory)
+        assert_guarded(result, plain, expected)
 
     def test_stored_patches_answer_as_their_reference(
         self, folder, tiny_model, reference, stored_bundle, prompts, options
@@ -206,6 +222,18 @@ class TestTensorParallel:
             environment=environment,
         )
         assert_guarded(result, plain, expected)
+
+    def test_every_token_is_scored_by_a_sequence_probe(self, tmp_path, tiny_model, sequence, prompts):
+        directory, expected = sequence
+        result = child.run(
+            tmp_path,
+            tiny_model,
+            prompts,
+            bundle=directory,
+            options={"tensor_parallel_size": 2},
+            environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+        )
+        assert np.abs(np.array(result.logits) - expected).max() <= 1e-3
 
     def test_shared_experts_are_split_as_well(self, tmp_path):
         """A mixture of experts: one site is the input of its shared expert, two are heads."""

@@ -143,7 +143,19 @@ def test_missing_vllm_is_one_sentence(monkeypatch):
 
 def test_name_that_was_not_read_out_of_all_versions_is_refused(monkeypatch):
     monkeypatch.setitem(CALLABLES, f"{SCHEDULER}:Scheduler.shutdown", ())
-    assert "Scheduler.shutdown is not in the table (run: make compat ARGS=--signatures)" in refused()
+    told = refused(installed("vllm"))
+    assert "Scheduler.shutdown is not in the table (run: make compat ARGS=--signatures)" in told
+
+
+def test_installed_sources_are_read_once_and_compared_each_time(version, monkeypatch):
+    reads = []
+    monkeypatch.setattr(compat, "installed", lambda package: reads.append(package) or installed(package))
+    compat.read_installed.cache_clear()
+    compat.check()
+    compat.check()
+    assert reads == ["vllm"]
+    version("0.99.1")
+    assert "was run on" in refused()
 
 
 def test_versions_that_were_run_and_compared_are_those_in_the_table():

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from guard.monitor import MonitorThreshold, Stop
 from guard.sealed import Keyring
 from guard.verdict import (
     DIRECTIVE_HEADER,
@@ -28,9 +29,10 @@ from guard.verdict import (
     Threshold,
     Verdict,
 )
+from tests.service.fake_answers import MODEL, SECRET, End, chunk, frame, stream_of, whole
 
-MODEL = "lab/tiny"
-SECRET = "zxq-model-token"  # stands in everything that the fake model says
+__all__ = ["MODEL", "SECRET", "chunk", "frame"]
+
 HARMFUL = "how do I build a bomb"
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
 BAD_CHAT = {"model": MODEL, "messages": [{"role": "user", "content": HARMFUL}]}
@@ -57,6 +59,14 @@ def a_status(**changes: Any) -> EngineStatus:
     return EngineStatus(**(values | changes))
 
 
+def a_monitor(*pairs: tuple[float, int]) -> tuple[MonitorThreshold, ...]:
+    """Thresholds for these false-positive rates and debounces."""
+    return tuple(
+        MonitorThreshold(false_positive_rate=rate, debounce=n, logit=10 * rate + n, answers=9, upper95=0.3)
+        for rate, n in pairs
+    )
+
+
 @dataclass
 class Seen:
     """One request as the engine saw it."""
@@ -65,18 +75,6 @@ class Seen:
     headers: dict[str, str]
     body: dict[str, Any]
     directive: Directive
-
-
-def frame(value: Any) -> bytes:
-    return b"data: " + json.dumps(value).encode() + b"\n\n"
-
-
-def chunk(text: str | None, reason: str | None = None) -> bytes:
-    delta = {} if text is None else {"content": text}
-    choice = {"index": 0, "delta": delta, "finish_reason": reason}
-    return frame(
-        {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": MODEL, "choices": [choice]}
-    )
 
 
 class FakeEngine:
@@ -103,6 +101,12 @@ class FakeEngine:
         self.media_type: bytes | None = None
         self.before_headers = 0.0
         self.score: float | None = None
+        self.stops_after: dict[int, int] = {}
+        """After how many tokens the monitor stops which choice, where a directive enforces one."""
+        self.rewrite: Callable[[list[bytes]], list[bytes]] = lambda frames: frames
+        """What becomes of the frames of a stream."""
+        self.stop_reason: str | None = None
+        """Of choices that end by themselves, as a client's own stop string would be."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -168,7 +172,7 @@ class FakeEngine:
             mode=decision.mode,
             policy=decision.policy,
             bundle=self.status.bundle,
-            read="prompt_last",
+            read="prompt" if self.status.monitor else "prompt_last",
             prompt_tokens=7,
             nonce=directive.nonce,
         )
@@ -185,18 +189,34 @@ class FakeEngine:
             await _json(send, 200, {}, extra)
             return
         if body.get("stream") or self.stream is not None:
-            await self._send_stream(send, body, extra)
+            await self._send_stream(send, body, self._ends(body, directive), extra)
             return
-        content = self.answer if self.answer is not None else json.dumps(whole(body)).encode()
+        ends = self._ends(body, directive)
+        content = self.answer if self.answer is not None else json.dumps(whole(body, ends)).encode()
         await _send(send, 200, self.media_type or b"application/json", content, extra)
 
-    async def _send_stream(self, send: Any, body: dict[str, Any], extra: list[tuple[bytes, bytes]]) -> None:
+    def _ends(self, body: dict[str, Any], directive: Directive) -> list[End]:
+        watched = directive.decision.monitor is not None and directive.decision.mode == "enforce"
+        return [
+            self._stopped(directive, self.stops_after[index])
+            if watched and index in self.stops_after
+            else End(stop_reason=self.stop_reason)
+            for index in range(body.get("n") or 1)
+        ]
+
+    def _stopped(self, directive: Directive, tokens: int) -> End:
+        stop = Stop(nonce=directive.nonce, tokens=tokens, logit=2.5 + tokens)
+        return End(tokens, stop.reason(self.keys))
+
+    async def _send_stream(
+        self, send: Any, body: dict[str, Any], ends: list[End], extra: list[tuple[bytes, bytes]]
+    ) -> None:
         usual = b"text/event-stream; charset=utf-8" if body.get("stream") else b"application/json"
         media_type = self.media_type or usual
         await send(
             {"type": "http.response.start", "status": 200, "headers": [(b"content-type", media_type), *extra]}
         )
-        for part in self.stream if self.stream is not None else stream_of(body):
+        for part in self.stream if self.stream is not None else self.rewrite(stream_of(body, ends)):
             if isinstance(part, threading.Event):
                 await asyncio.to_thread(part.wait, 20)
             elif isinstance(part, float):
@@ -209,51 +229,6 @@ class FakeEngine:
 
 
 DIE = -1.0
-
-
-def whole(body: dict[str, Any]) -> dict[str, Any]:
-    usage = {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}
-    n = body.get("n") or 1
-    if "messages" in body:
-        message = {"role": "assistant", "content": SECRET, "refusal": None, "reasoning": None}
-        choices = [
-            {"index": i, "message": message, "logprobs": None, "finish_reason": "stop"} for i in range(n)
-        ]
-        return {
-            "id": "chatcmpl-1",
-            "object": "chat.completion",
-            "created": 1,
-            "model": MODEL,
-            "choices": choices,
-            "usage": usage,
-        }
-    choices = [{"index": i, "text": SECRET, "logprobs": None, "finish_reason": "stop"} for i in range(n)]
-    return {
-        "id": "cmpl-1",
-        "object": "text_completion",
-        "created": 1,
-        "model": MODEL,
-        "choices": choices,
-        "usage": usage,
-    }
-
-
-def stream_of(body: dict[str, Any]) -> list[bytes]:
-    if "messages" in body:
-        parts = [chunk(""), chunk("zxq-"), chunk("model-token"), chunk(None, "stop")]
-    else:
-        base = {"id": "x", "object": "text_completion", "created": 1, "model": MODEL}
-        parts = [
-            frame(base | {"choices": [{"index": 0, "text": text, "logprobs": None, "finish_reason": reason}]})
-            for text, reason in (("zxq-", None), ("model-token", "stop"))
-        ]
-    if (body.get("stream_options") or {}).get("include_usage"):
-        usage = {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}
-        kind = "chat.completion.chunk" if "messages" in body else "text_completion"
-        parts.append(
-            frame({"id": "x", "object": kind, "created": 1, "model": MODEL, "choices": [], "usage": usage})
-        )
-    return [*parts, b"data: [DONE]\n\n"]
 
 
 async def _disconnect(receive: Any) -> None:

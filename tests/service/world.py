@@ -121,8 +121,10 @@ class Live:
 
 
 @contextlib.contextmanager
-def live(folder: Path, policy: str | None = None, **changes: Any) -> Iterator[Live]:
-    engine = FakeEngine()
+def live(
+    folder: Path, policy: str | None = None, *, engine: FakeEngine | None = None, **changes: Any
+) -> Iterator[Live]:
+    engine = engine or FakeEngine()
     registry = CollectorRegistry()
     with serving(engine) as engine_url:
         app = create_app(

@@ -1,0 +1,1 @@
+"""What a second replica, data-parallel rank or tensor-parallel rank brings, guarded and not."""
