@@ -7,10 +7,10 @@ ARGS   ?=
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help env serve test fuzz lint format bench bundle detection locate patch-results compat dist sbom dashboards clean
+.PHONY: help env serve test fuzz lint format bench bundle detection sequence-results locate patch-results compat dist sbom dashboards clean tune-results redteam audit
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 env:  ## make or complete the environment in .venv
 	@$(PYTHON) scripts/bootstrap.py
@@ -44,8 +44,17 @@ bundle: env  ## fit and evaluate the lab model's bundle anew; NEURONGUARD_DATA n
 detection: env  ## measure the lab guard by the whole protocol; NEURONGUARD_DATA names the data folder
 	$(PY) -m models.recipe.detection $(ARGS)
 
+sequence-results: env  ## measure sequence probes beside the lab guard; NEURONGUARD_DATA names the data folder
+	$(PY) -m models.recipe.sequence $(ARGS)
+
+redteam: env  ## attack the lab guard, refit it, attack it again; NEURONGUARD_DATA names the data folder
+	$(PY) -m loadtests.redteam $(ARGS)
+
 locate: env  ## run the four methods on the lab twins anew; NEURONGUARD_DATA names the data folder
 	$(PY) -m models.recipe.locate $(ARGS)
+
+tune-results: env  ## measure what tuning by units does to the lab models; NEURONGUARD_DATA names the data folder
+	$(PY) -m models.recipe.tuning $(ARGS)
 
 patch-results: env  ## measure what patches do to the lab twins; NEURONGUARD_DATA names the data folder
 	$(PY) -m models.recipe.patching $(ARGS)
@@ -59,6 +68,9 @@ dist: env  ## build wheel, source archive and chart into dist
 
 sbom: env  ## list what the images are made of, as CycloneDX, into dist; ARGS=engine for the engine's
 	$(PY) scripts/sbom.py $(ARGS)
+
+audit: env  ## ask for known vulnerabilities of what is installed; needs pip-audit and a network
+	$(PY) scripts/audit.py
 
 dashboards: env  ## write Grafana's dashboards anew from deploy/dashboards
 	$(PY) -m deploy.dashboards

@@ -11,6 +11,7 @@ from typing import Any
 
 from guard.card import GuardCard, card_bytes
 from guard.patch_card import PatchCard
+from guard.pooling import Pooling
 from guard.reference import ScoreReference
 from guard.report import (
     QUESTIONS,
@@ -29,7 +30,7 @@ _PROBES = {
     "linear": "logistic regression",
     "mlp": "network with one hidden layer",
     "product": "P(harmful prompt) times P(the model complies), a logistic regression each",
-    "sequence": "logistic regression at every token, pooled",
+    "sequence": "logistic regression at every token",
 }
 
 
@@ -41,6 +42,8 @@ def bundle_card(card: GuardCard, digest: str) -> str:
     parts = [FORM, f"# Guard bundle for `{card.model.name}`", "", *_what(card, digest)]
     parts += ["", "## What it reads", "", *_sites(card)]
     parts += ["", "## Thresholds", "", *_thresholds(card)]
+    if card.monitor:
+        parts += ["", "## Stopping an answer", "", *_monitor(card)]
     parts += ["", "## Measured error rates", "", *_measured(card, rates)]
     parts += ["", "## Scores when it was fitted", "", *_reference(card.reference)]
     parts += ["", "## Data", "", *data_files([file.model_dump() for file in card.data])]
@@ -76,6 +79,7 @@ def _what(card: GuardCard, digest: str) -> list[str]:
             ("tokenizer and chat template", f"`{model.tokenizer_sha256}`"),
             ("question", QUESTIONS[card.label]),
             ("probe", f"{_PROBES[card.probe]}, {card.features} features"),
+            *((("pooling", pooled(card.pooling)),) if card.pooling else ()),
             ("calibration", f"{scaling}, P(unsafe) at even odds"),
             (
                 "self-test",
@@ -123,6 +127,36 @@ def _thresholds(card: GuardCard) -> list[str]:
     lines = table(heads, rows)
     if fit.get("thresholds_omitted"):
         lines += ["", *(f"Left out: {reason}." for reason in fit["thresholds_omitted"])]
+    return lines
+
+
+def pooled(pooling: Pooling) -> str:
+    """How a prompt's one logit comes about, in a few words."""
+    heads = "1 head" if pooling.heads == 1 else f"{pooling.heads} heads"
+    return {
+        "ema": f"largest exponential average, rate {pooling.rate}, over {pooling.window} tokens",
+        "rolling": f"largest mean of {pooling.window} tokens",
+        "softmax": f"mean weighted by a softmax of temperature {pooling.temperature}",
+        "attention": f"means weighted by {heads} of attention",
+    }[pooling.kind]
+
+
+def _monitor(card: GuardCard) -> list[str]:
+    rows = (
+        (percent(m.false_positive_rate), m.debounce, f"{m.logit:.4f}", m.answers, percent(m.upper95))
+        for m in card.monitor
+    )
+    heads = (
+        "benign answers stopped",
+        "tokens in a row",
+        "logit ≥",
+        "benign answers",
+        "true rate at most (95 %)",
+    )
+    lines = table(heads, rows)
+    made: dict[str, Any] = card.metrics.get("fit", {}).get("monitor", {})
+    if made.get("omitted"):
+        lines += ["", *(f"Left out: {reason}." for reason in made["omitted"])]
     return lines
 
 
@@ -181,5 +215,7 @@ def _limits(card: GuardCard) -> Iterator[str]:
         )
     if card.label == "harmful_prompt":
         yield "It judges the request, not what this model makes of it."
+    if card.monitor:
+        yield "The limits of its monitor were set on greedy answers of this model to benign prompts."
     if card.patches:
         yield "What a patched answer says is not measured here."

@@ -59,13 +59,16 @@ class Cache:
         digest = digest_of(key)
         return self.root / kind / digest[:2] / f"{digest}{suffix}"
 
-    def array(self, kind: str, key: Any) -> NDArray[np.float32] | None:
-        """A stored array, or None. A damaged entry counts as absent."""
+    def array(self, kind: str, key: Any, *, mapped: bool = False) -> NDArray[np.float32] | None:
+        """A stored array, or None. A damaged entry counts as absent.
+
+        With ``mapped`` it stays on disk, and what is looked at is read: for arrays larger than the memory.
+        """
         path = self.path(kind, key, ".npy")
         if path is None or not path.is_file():
             return None
         try:
-            stored: NDArray[np.float32] = np.load(path, allow_pickle=False)
+            stored: NDArray[np.float32] = np.load(path, "r" if mapped else None, allow_pickle=False)
         except (ValueError, OSError, EOFError):
             return None
         return stored

@@ -1,7 +1,7 @@
 """Read the inputs of sites in a transformers model: the offline twin of the engine's taps.
 
-A forward pre-hook on the linear layer of each site picks one position a row and the site's columns out of
-its input, before ``down_proj`` or ``o_proj`` multiplies it.
+A forward pre-hook on the linear layer of each site picks one position a row, or several, and the site's
+columns out of its input, before ``down_proj`` or ``o_proj`` multiplies it.
 Feature order is the bundle's: sites as given, columns of a site as in ``ModelShape.columns``.
 """
 
@@ -40,7 +40,7 @@ class Capture:
         self._read[index] = value
 
     def features(self) -> Tensor:
-        """The activations ``[batch, features]`` in the model's dtype. Raises CaptureError."""
+        """The activations ``[*positions, features]`` in the model's dtype. Raises CaptureError."""
         missing = [site.layer for index, site in enumerate(self._sites) if index not in self._read]
         if missing:
             raise CaptureError(f"no input was seen at layers {missing}; is the model's forward replaced?")
@@ -51,12 +51,14 @@ class Capture:
 def capture(model: Any, sites: Sequence[Site], positions: Tensor) -> Iterator[Capture]:
     """Read ``sites`` during one forward pass of ``model``, row ``b`` at ``positions[b]``.
 
-    ``positions`` is an int64 ``[batch]`` of indices into the padded sequence. The hooks read and change
-    nothing; they are removed when the block is left. Raises UnsupportedArchitectureError.
+    ``positions`` is an int64 ``[batch]`` of indices into the padded sequence, or ``[batch, picked]``. The
+    hooks read and change nothing; they are removed when the block is left. Raises
+    UnsupportedArchitectureError.
     """
     shape = shape_of(model.config)
     result, handles = Capture(sites), []
     rows = torch.arange(len(positions), device=positions.device)
+    rows = rows if positions.ndim == 1 else rows[:, None]
     try:
         for index, site in enumerate(sites):
             module = model.get_submodule(module_name(shape.architecture, site.kind, site.layer))
@@ -116,6 +118,26 @@ def read_batch(
             input_ids=ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         )
     return captured.features()
+
+
+@torch.inference_mode()
+def read_every_token(model: Any, sites: Sequence[Site], prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Activations ``[tokens, features]`` of each prompt, in the model's dtype, as if it had been alone.
+
+    Rows are padded on the right, where nothing that is kept can see the padding.
+    """
+    if not all(prompts):
+        raise ValueError("an empty prompt has no tokens")
+    ids, mask, _ = (tensor.to(model.device) for tensor in pad(prompts))
+    positions = torch.arange(ids.shape[1], device=model.device).expand(ids.shape)
+    with capture(model, sites, positions) as captured:
+        model.base_model(
+            input_ids=ids,
+            attention_mask=None if bool(mask.all()) else mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            use_cache=False,
+        )
+    return [row[: len(prompt)] for row, prompt in zip(captured.features(), prompts, strict=True)]
 
 
 def batches(lengths: Sequence[int], *, tokens: int = 8192, rows: int = 64) -> list[list[int]]:

@@ -17,6 +17,7 @@ from guard.commands.fit import fit
 from guard.commands.judge import judge
 from guard.commands.locate import locate
 from guard.commands.materialise import materialise
+from guard.commands.tune import tune
 from guard.commands.units import units
 from guard.commands.verify import verify
 from guard.serve.command import serve
@@ -25,11 +26,13 @@ from service.__main__ import gateway
 # What the gateway does without: the base installation has none of these.
 _EXTRA = frozenset(
     {
+        "accelerate",
         "cryptography",
         "jinja2",
         "matplotlib",
         "numpy",
         "openai",
+        "peft",
         "safetensors",
         "scipy",
         "sklearn",
@@ -50,8 +53,9 @@ class _OneSentence(click.Group):
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] not in _EXTRA:
                 raise
+            extra = "tune" if error.name in ("accelerate", "peft") else "fit"
             raise click.ClickException(
-                f"this command needs the package {error.name}; install neuronguard[fit] "
+                f"this command needs the package {error.name}; install neuronguard[{extra}] "
                 "(or neuronguard[cpu], neuronguard[cuda])"
             ) from error
         except (ValueError, FileNotFoundError) as error:
@@ -72,6 +76,7 @@ def main(verbose: bool) -> None:
 
 main.add_command(locate)
 main.add_command(units)
+main.add_command(tune)
 main.add_command(fit)
 main.add_command(evaluate)
 main.add_command(compare)

@@ -12,10 +12,11 @@ from guard.data import Dataset
 from guard.evaluate import EvaluationError
 from guard.evaluation import made, refuse_used
 from guard.figures import Document, Scored, rate_name
-from guard.observe import Observations, Subject
+from guard.observe import Subject
 from guard.paired import differences, holm, mcnemar
 from guard.report import QUESTIONS, table
 from guard.resample import Bootstrap, requests_of
+from guard.sequence_scores import logits_of
 
 Question = Literal["harmful_prompt", "unsafe_output"]
 
@@ -55,7 +56,7 @@ def compare_bundles(
     if not both:
         raise EvaluationError(f"no prompt is left that both models can take; left out: {dataset.dropped}")
     logits = [
-        _logits(bundle, subject, each, dataset)[rows]
+        logits_of(subject, bundle.probe, bundle.card.sites, each.tokens, dataset.role)[rows]
         for bundle, subject, each, rows in zip(bundles, subjects, seen, kept, strict=True)
     ]
     prompts = [p for p, keep in zip(seen[0].prompts, kept[0], strict=True) if keep]
@@ -86,10 +87,6 @@ def compare_bundles(
             n = int((positive & (sources == name)).sum())
             document["by_source"][name] = {"n_positive": n, **found}
     return document
-
-
-def _logits(bundle: Bundle, subject: Subject, seen: Observations, dataset: Dataset) -> Any:
-    return bundle.logits(subject.features(seen.tokens, bundle.card.sites, dataset.role))
 
 
 def _about(bundle: Bundle) -> Document:

@@ -82,6 +82,9 @@ def planned(
     lines.append(
         f"{width} activations a prompt: about {_size(stored)} more in the cache, {_size(memory)} of memory"
     )
+    if settings.pooling is not None:
+        size = _size(4 * width * costs[0].tokens)
+        lines.append(f"every token of the prompts to fit on is kept: about {size} on disk")
     if work := _work(costs, subject.new_tokens):
         flops = 2 * parameters(subject.checkpoint)
         speed = _speed(subject.dtype, subject.device)

@@ -60,5 +60,8 @@ def of_prompts(paths: Sequence[Path], bundle: Bundle, subject: Subject) -> Score
     left_out = {**dataset.dropped, "too long": seen.too_long, "harmful": len(seen.prompts) - len(benign)}
     if not benign:
         return Scores([], left_out)
-    logits = bundle.logits(subject.features([seen.tokens[i] for i in benign], card.sites, dataset.role))
+    from guard.sequence_scores import logits_of
+
+    tokens = [seen.tokens[i] for i in benign]
+    logits = logits_of(subject, bundle.probe, card.sites, tokens, dataset.role)
     return Scores([card.calibration.probability(float(logit)) for logit in logits], left_out)

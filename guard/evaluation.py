@@ -28,6 +28,7 @@ from guard.observe import Observations, Subject
 from guard.prompts import encode, ends_with_tail
 from guard.reliability import at_prior, calibration
 from guard.resample import Bootstrap, requests_of
+from guard.sequence_scores import logits_of
 from guard.verdict import Threshold
 
 SCHEMA = 1
@@ -89,7 +90,7 @@ def evaluate_bundle(
         raise DataError(listed(long, dataset.role))
     if not seen.prompts:
         raise EvaluationError(f"no prompt is left to evaluate on; left out: {dataset.dropped}")
-    logits = bundle.logits(subject.features(seen.tokens, card.sites, dataset.role))
+    logits = logits_of(subject, bundle.probe, card.sites, seen.tokens, dataset.role)
     scored = Scored(logits, seen.harmful, seen.sources, requests_of(seen.prompts))
     pool = seen.harmful | ~np.isin(seen.sources, list(apart))
     document: Document = {

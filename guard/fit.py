@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import sklearn
@@ -17,17 +17,21 @@ import guard
 from guard import baselines, evaluate, self_test
 from guard.bundle import Bundle, DataFile, GuardCard
 from guard.data import Dataset
-from guard.fit_plan import prepare
-from guard.fit_probes import Fitted, Fitting, Role, fit_probes
+from guard.fit_plan import Plan, prepare
+from guard.fit_probes import fit_probes
+from guard.fit_sequence import compare_sequence, fit_sequence
 from guard.fit_settings import FitError, FitSettings
+from guard.fitting import Fitted, Fitting, Role
 from guard.groups import requests
 from guard.leave_out import choose_strength
-from guard.observe import Judged, Subject
+from guard.monitor import MonitorThreshold
+from guard.monitor_fit import monitor_thresholds
+from guard.observe import Judged, Observations, Subject
 from guard.probe import BoolArray
-from guard.units import (
-    Units,
-    columns_within,
-)
+from guard.scorer import Scorer
+from guard.sequence import SequenceScorer
+from guard.sequence_scores import logits_of, refuse_reader
+from guard.units import Units, columns_within
 
 logger = logging.getLogger(__name__)
 
@@ -46,52 +50,93 @@ def fit_bundle(
     apart. Prompts nearly equal to one that sets thresholds or evaluates are not fitted on.
     """
     plan = prepare(subject, settings, fit, threshold, evaluation, hard_negatives)
+    fit = plan.fit
+    of_kind = _of_last_token if settings.pooling is None else _of_every_token
+    fitted, metrics, monitor = of_kind(subject, settings, plan, threshold, evaluation)
+    files = fit.files + threshold.files + (evaluation.files if evaluation else ())
+    # What chose the units counts as fitted on: it can evaluate no more than the rest.
+    files += tuple(file for file in plan.located if file.sha256 not in {known.sha256 for known in files})
+    return _pack(subject, settings, fitted, files, metrics, monitor)
+
+
+def _of_last_token(
+    subject: Subject, settings: FitSettings, plan: Plan, threshold: Dataset, evaluation: Dataset | None
+) -> _Made:
     shape, read, fit = subject.checkpoint.shape, plan.read, plan.fit
     if subject.reader is not None:
         subject.reader.expect(read)
-    fitting = _observe(subject, fit, read, judge=settings.judged)
-    benign = _observe(subject, threshold, read, judge="none")
-    positive = fitting.seen.target(settings.label)
-    logger.info("%d prompts to fit on, %d of them positive", len(positive), positive.sum())
-
-    chosen = plan.units
-    own = columns_within(chosen, read, shape)
+    fitting = _read(subject, fit, read, judge=settings.judged)
+    benign = _read(subject, threshold, read, judge="none")
+    own = columns_within(plan.units, read, shape)
     whole = len(own) == fitting.features.shape[1]
     candidates = fitting if whole else Role(fitting.seen, fitting.features[:, own])
     calm = benign if whole else Role(benign.seen, benign.features[:, own])
-    fitted = fit_probes(
-        Fitting(
-            candidates,
-            positive,
-            requests(fitting.seen.prompts),
-            np.array([prompt in plan.hard for prompt in fitting.seen.prompts]),
-            chosen,
-            shape,
-        ),
-        calm,
-        settings,
-    )
+    about = _fitting(candidates, settings, plan, subject)
+    positive = about.positive
+    fitted = fit_probes(about, calm, settings)
     units, columns = fitted.units, columns_within(fitted.units, read, shape)
 
-    metrics: dict[str, Any] = {"fit": _about(fitted, positive, (fit, fitting), (threshold, benign))}
+    seen = (fit, fitting.seen), (threshold, benign.seen)
+    metrics: dict[str, Any] = {"fit": _about(fitted, positive, *seen)}
     if evaluation is not None:
-        held_out = _observe(subject, evaluation, read, judge="all")
-        logits = fitted.probe.logits(held_out.features[:, columns])
+        held_out = _read(subject, evaluation, read, judge="all")
+        scored = fitted.probe.logits(held_out.features[:, columns])
         metrics["evaluation"] = evaluate.tables(
-            held_out.seen, logits, fitted.thresholds, apart=settings.apart
+            held_out.seen, scored, fitted.thresholds, apart=settings.apart
         )
         selections = {"probe": columns}
         if len(columns) < fitting.features.shape[1]:
             for number, draw in enumerate(plan.controls(units, shape, settings.seed), start=1):
                 selections[f"random units, draw {number}"] = columns_within(draw, read, shape)
         metrics["comparison"] = _compare((fitting, benign, held_out), positive, fitted, settings, selections)
-    files = fit.files + threshold.files + (evaluation.files if evaluation else ())
-    # What chose the units counts as fitted on: it can evaluate no more than the rest.
-    files += tuple(file for file in plan.located if file.sha256 not in {known.sha256 for known in files})
-    return _pack(subject, settings, fitted, files, metrics)
+    return _Made(fitted, metrics, ())
 
 
-def _about(fitted: Fitted, positive: BoolArray, *roles: tuple[Dataset, Role]) -> dict[str, Any]:
+def _of_every_token(
+    subject: Subject, settings: FitSettings, plan: Plan, threshold: Dataset, evaluation: Dataset | None
+) -> _Made:
+    refuse_reader(subject)
+    fitting = _observe(subject, plan.fit, judge=settings.judged)
+    benign = _observe(subject, threshold, judge="none")
+    about = _fitting(Role(fitting, np.empty((0, 0), np.float32)), settings, plan, subject)
+    fitted = fit_sequence(subject, about, benign, settings)
+    metrics: dict[str, Any] = {
+        "fit": _about(fitted, about.positive, (plan.fit, fitting), (threshold, benign))
+    }
+    monitor: tuple[MonitorThreshold, ...] = ()
+    if settings.monitor_tokens:
+        monitor, metrics["fit"]["monitor"] = monitor_thresholds(
+            subject, fitted.probe, fitted.units, benign, settings.monitor_tokens
+        )
+    if evaluation is not None:
+        held_out = _observe(subject, evaluation, judge="all")
+        scored = logits_of(subject, fitted.probe, fitted.units, held_out.tokens, evaluation.role)
+        metrics["evaluation"] = evaluate.tables(held_out, scored, fitted.thresholds, apart=settings.apart)
+        metrics["comparison"] = compare_sequence(
+            subject, fitted, about, (benign, held_out), (threshold.role, evaluation.role), settings
+        )
+    return _Made(fitted, metrics, monitor)
+
+
+class _Made(NamedTuple):
+    fitted: Fitted[Scorer] | Fitted[SequenceScorer]
+    metrics: dict[str, Any]
+    monitor: tuple[MonitorThreshold, ...]
+
+
+def _fitting(role: Role, settings: FitSettings, plan: Plan, subject: Subject) -> Fitting:
+    seen = role.seen
+    positive = seen.target(settings.label)
+    logger.info("%d prompts to fit on, %d of them positive", len(positive), positive.sum())
+    hard = np.array([prompt in plan.hard for prompt in seen.prompts])
+    return Fitting(role, positive, requests(seen.prompts), hard, plan.units, subject.checkpoint.shape)
+
+
+def _about(
+    fitted: Fitted[Scorer] | Fitted[SequenceScorer],
+    positive: BoolArray,
+    *roles: tuple[Dataset, Observations],
+) -> dict[str, Any]:
     """How the fit went, for the card."""
     return {
         "prompts": len(positive),
@@ -99,10 +144,10 @@ def _about(fitted: Fitted, positive: BoolArray, *roles: tuple[Dataset, Role]) ->
         "left_out": {
             dataset.role: {
                 **dataset.dropped,
-                "too long": role.seen.too_long,
-                **({"not judged": role.seen.not_judged} if role.seen.not_judged else {}),
+                "too long": seen.too_long,
+                **({"not judged": seen.not_judged} if seen.not_judged else {}),
             }
-            for dataset, role in roles
+            for dataset, seen in roles
         },
         "folds": "sources" if fitted.choice.by_source else "rows",
         "inverse_regularisation": fitted.choice.strength,
@@ -114,17 +159,22 @@ def _about(fitted: Fitted, positive: BoolArray, *roles: tuple[Dataset, Role]) ->
     }
 
 
-def _observe(subject: Subject, dataset: Dataset, units: Units, *, judge: Judged) -> Role:
+def _observe(subject: Subject, dataset: Dataset, *, judge: Judged) -> Observations:
     seen = subject.observe(dataset, judge=judge)
     if not seen.prompts:
         raise FitError(f"no {dataset.role} prompt is left; {dataset.dropped or 'the files are empty'}")
+    return seen
+
+
+def _read(subject: Subject, dataset: Dataset, units: Units, *, judge: Judged) -> Role:
+    seen = _observe(subject, dataset, judge=judge)
     return Role(seen, subject.features(seen.tokens, units, dataset.role))
 
 
 def _compare(
     roles: tuple[Role, Role, Role],
     positive: BoolArray,
-    fitted: Fitted,
+    fitted: Fitted[Scorer],
     settings: FitSettings,
     selections: dict[str, NDArray[np.int64]],
 ) -> dict[str, Any]:
@@ -158,12 +208,13 @@ def _compare(
 def _pack(
     subject: Subject,
     settings: FitSettings,
-    fitted: Fitted,
+    fitted: Fitted[Scorer] | Fitted[SequenceScorer],
     files: Sequence[DataFile],
     metrics: dict[str, Any],
+    monitor: tuple[MonitorThreshold, ...],
 ) -> Bundle:
     checkpoint = subject.checkpoint
-    if subject.reader is not None:
+    if subject.reader is not None and isinstance(fitted.probe, Scorer):
         measured = self_test.measure_served(subject, fitted.units, fitted.probe)
     else:
         measured = self_test.measure(
@@ -183,6 +234,8 @@ def _pack(
         metrics=metrics,
         self_test=measured.self_test,
         reference=fitted.reference,
+        pooling=settings.pooling,
+        monitor=monitor,
         # No date: the same inputs give the same bundle, digest included.
         created={
             "neuronguard": guard.__version__,

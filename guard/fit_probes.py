@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from guard.bundle import Calibration
-from guard.calibrate import (
-    TooFewBenignError,
-    cut,
-    fit_isotonic,
-    fit_platt,
-    rate_interval,
-    threshold_at,
-)
+from guard.calibrate import fit_platt
 from guard.capture import Float32Array
-from guard.drift import make_reference
 from guard.fit_settings import FitError, FitSettings
+from guard.fitting import Fitted, Fitting, Probed, Role, finished
 from guard.leave_out import Choice, best_of, choose_strength
-from guard.observe import Observations
 from guard.probe import BoolArray, fit_probe
-from guard.reference import ScoreReference
 from guard.scorer import Scorer, product_logit
 from guard.select import SHARE, Selector, select_stable, selector
 from guard.sites import ModelShape
-from guard.stats import wilson
 from guard.units import Units, columns_within, count, from_columns, owners, within_layers
-from guard.verdict import Threshold
 
 logger = logging.getLogger(__name__)
 
@@ -41,49 +27,7 @@ STAGE_PROMPTS = 50
 """Fewest harmful prompts that the model refuses, and that it answers, for a probe of which it will do."""
 
 
-class Role(NamedTuple):
-    """One role's observations and their activations ``[n, features]`` for all units that were read."""
-
-    seen: Observations
-    features: Float32Array
-
-
-@dataclass(frozen=True)
-class Fitting:
-    """What is fitted on, and how its columns are named."""
-
-    role: Role
-    positive: BoolArray
-    """What counts as positive, ``[n]``."""
-    groups: IntArray
-    """Prompts with equal numbers are one request, ``[n]``."""
-    hard: BoolArray
-    """Hard negatives, ``[n]``."""
-    read: Units
-    """The units of ``role.features``, in this order."""
-    shape: ModelShape
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A fitted probe before it is measured and packed."""
-
-    units: Units
-    columns: IntArray
-    """Where its features stand among those that were read."""
-    probe: Scorer
-    choice: Choice
-    thresholds: tuple[Threshold, ...]
-    calibration: Calibration
-    omitted: tuple[str, ...]
-    """Why a threshold that was asked for is not there."""
-    about: dict[str, Any]
-    """How units, layers and regularisation were chosen, for the card."""
-    reference: ScoreReference | None
-    """The scores of benign threshold prompts and, held out, of the fit's harmful ones."""
-
-
-def fit_probes(fitting: Fitting, benign: Role, settings: FitSettings) -> Fitted:
+def fit_probes(fitting: Fitting, benign: Role, settings: FitSettings) -> Fitted[Scorer]:
     """The whole of it. Raises FitError, ProbeError or CalibrationError."""
     options = _options(fitting, settings)
     harmful = fitting.role.seen.harmful
@@ -91,9 +35,9 @@ def fit_probes(fitting: Fitting, benign: Role, settings: FitSettings) -> Fitted:
     choices = {name: _choose(fitting, units, target, settings) for name, units in options.items()}
     name = best_of(choices)
     choice, units = choices[name], options[name]
-    about: dict[str, Any] = {"sources_left_out": _left_out(choice)}
+    about: dict[str, Any] = {"sources_left_out": left_out(choice)}
     if len(options) > 1:
-        about["layers"] = {"chosen": name, **{key: _left_out(each) for key, each in choices.items()}}
+        about["layers"] = {"chosen": name, **{key: left_out(each) for key, each in choices.items()}}
         logger.info("layers: %s", name)
     if (select := _selector(units, fitting.shape, settings)) is not None:
         units, about["selection"] = _select(fitting, units, target, select, settings)
@@ -106,21 +50,10 @@ def fit_probes(fitting: Fitting, benign: Role, settings: FitSettings) -> Fitted:
     else:
         probe = fit_probe(features, target, strength=choice.strength, family=settings.family)
         held_out = choice.held_out
-    calibrate = fit_isotonic if settings.calibration == "isotonic" else fit_platt
-    calibration = calibrate(held_out, fitting.positive)
-    if fitting.hard.any():
-        about["hard_negatives"] = _hard_negatives(fitting, held_out)
     calm = probe.logits(benign.features[:, columns])
-    thresholds, omitted, about["thresholds"] = _thresholds(calm, benign.seen, calibration, settings)
-    reference = make_reference(
-        *(_stated(logits, calibration) for logits in (calm[~benign.seen.harmful], held_out[harmful]))
+    return finished(
+        fitting, Probed(units, columns, probe, choice, held_out, about), calm, benign.seen, settings
     )
-    return Fitted(units, columns, probe, choice, thresholds, calibration, omitted, about, reference)
-
-
-def _stated(logits: Float32Array, calibration: Calibration) -> NDArray[np.float64]:
-    """P(unsafe) as an engine states it."""
-    return np.array([calibration.probability(float(logit)) for logit in logits], dtype=np.float64)
 
 
 def _options(fitting: Fitting, settings: FitSettings) -> dict[str, Units]:
@@ -138,6 +71,12 @@ def _options(fitting: Fitting, settings: FitSettings) -> dict[str, Units]:
         alone = {f"layer {layer}": within_layers(fitting.read, [layer]) for layer in layers}
         return {STACKED: fitting.read, **alone}
     return {STACKED: fitting.read}
+
+
+def units_of_layers(fitting: Fitting, settings: FitSettings) -> tuple[str, Units]:
+    """The units of the layers that were named, and what they are called. Raises FitError."""
+    ((name, units),) = _options(fitting, settings).items()
+    return name, units
 
 
 def _selector(units: Units, shape: ModelShape, settings: FitSettings) -> Selector | None:
@@ -218,13 +157,13 @@ def _product(
     second[asked] = comply.held_out
     held_out = product_logit(slopes[0] * harm.held_out + offsets[0], slopes[1] * second + offsets[1])
     about = {
-        "harmful_prompt": _left_out(harm),
-        "complies": {"answered": answered, "refused": refused, **_left_out(comply)},
+        "harmful_prompt": left_out(harm),
+        "complies": {"answered": answered, "refused": refused, **left_out(comply)},
     }
     return product, held_out, about
 
 
-def _left_out(choice: Choice) -> dict[str, Any]:
+def left_out(choice: Choice) -> dict[str, Any]:
     """Figures of sources that were left out, mean and worst first."""
     return {
         "folds": choice.folds,
@@ -235,37 +174,3 @@ def _left_out(choice: Choice) -> dict[str, Any]:
         "mean_auroc": float(np.mean([left.auroc for left in choice.sources.values()])),
         "by_source": {name: left._asdict() for name, left in choice.sources.items()},
     }
-
-
-def _hard_negatives(fitting: Fitting, held_out: Float32Array) -> dict[str, Any]:
-    """How many of each source of hard negatives, when left out, lie above the 1 % cut of other negatives."""
-    plain = ~fitting.positive & ~fitting.hard
-    sources = fitting.role.seen.sources
-    score, _ = cut(held_out[plain], 0.01)
-    rates = {}
-    for name in np.unique(sources[fitting.hard]).tolist():
-        here = fitting.hard & (sources == name)
-        rates[name] = wilson(int((held_out[here] >= score).sum()), int(here.sum())).document()
-    return {"flagged_when_left_out": rates}
-
-
-def _thresholds(
-    logits: Float32Array, seen: Observations, calibration: Calibration, settings: FitSettings
-) -> tuple[tuple[Threshold, ...], tuple[str, ...], dict[str, Any]]:
-    """Operating points on benign prompts that nothing was fitted on; raises without the default one."""
-    quiet = ~seen.harmful
-    logits, sources = logits[quiet], seen.sources[quiet]
-    thresholds, omitted = [], []
-    intervals: dict[str, Mapping[str, Any]] = {}
-    for rate in sorted(settings.rates, reverse=True):
-        try:
-            threshold = threshold_at(logits, rate, calibration)
-        except TooFewBenignError as error:
-            if rate == settings.default_rate:
-                raise
-            logger.warning("%s; this threshold is left out", error)
-            omitted.append(str(error))
-            continue
-        thresholds.append(threshold)
-        intervals[f"{rate:g}"] = rate_interval(logits >= threshold.logit, sources, seed=settings.seed)
-    return tuple(thresholds), tuple(omitted), dict(intervals)

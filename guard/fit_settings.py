@@ -8,6 +8,7 @@ from typing import Literal
 
 from guard.mlp_probe import HiddenLayer
 from guard.observe import Judged
+from guard.pooling import Pooling
 from guard.probe import LINEAR, Family
 from guard.scorer import MOST_HIDDEN, ProbeKind
 from guard.sites import SiteKind
@@ -46,6 +47,10 @@ class FitSettings:
     prompt is harmful, and the model complies."""
     hidden: int = 16
     """Size of the hidden layer, if there is one."""
+    pooling: Pooling | None = None
+    """How a linear probe of every token makes one logit; None: a probe of the last token only."""
+    monitor_tokens: int = 0
+    """Longest answers that the monitor's limits are set on; 0: the bundle watches no answers."""
     apart: tuple[str, ...] = ()
     """Benign evaluation sources that are reported but not pooled."""
     seed: int = 0
@@ -60,6 +65,10 @@ class FitSettings:
                 "a product of 'harmful prompt' and 'the model complies' predicts an unsafe output; "
                 "fit it with the label unsafe_output"
             )
+        if self.pooling is not None:
+            self._refuse_for_sequence()
+        elif self.monitor_tokens:
+            raise FitError("only a sequence probe can watch answers; give a pooling (--pooling) as well")
         if self.max_units < 1:
             raise FitError(f"max_units must be at least 1, got {self.max_units}")
         if not 1 <= self.hidden <= MOST_HIDDEN:
@@ -69,6 +78,19 @@ class FitSettings:
                 f"the default rate {self.default_rate:g} must be one of the rates, each between 0 and 1: "
                 f"{', '.join(f'{rate:g}' for rate in self.rates)}"
             )
+
+    def _refuse_for_sequence(self) -> None:
+        """Raises FitError that names what does not go with a probe of every token."""
+        clashes = {
+            f"probe {self.probe!r} (it has one linear probe)": self.probe != "linear",
+            f"units {self.units!r} (they are chosen by what the last token says; take 'all', 'random' or a "
+            "file)": self.units in ("l1", "stability"),
+            "layers 'choose' (name them, or take all)": self.layers == "choose",
+        }
+        if found := [text for text, clash in clashes.items() if clash]:
+            raise FitError(f"a sequence probe does not go with {'; nor with '.join(found)}")
+        if self.monitor_tokens < 0:
+            raise FitError(f"monitor_tokens must be 0 or more, got {self.monitor_tokens}")
 
     @property
     def judged(self) -> Judged:
@@ -83,6 +105,8 @@ class FitSettings:
     def recorded(self) -> dict[str, str]:
         """The settings as the card keeps them, without paths of this machine."""
         document = {key: str(value) for key, value in asdict(self).items()}
+        if self.pooling is not None:
+            document["pooling"] = self.pooling.kind
         document["units_file"] = self.units_file.name if self.units_file else ""
         if self.probe != "mlp":
             del document["hidden"]
@@ -93,5 +117,5 @@ class FitSettings:
         return document
 
 
-_LATER = frozenset({"probe", "sites", "layers", "calibration"})
+_LATER = frozenset({"probe", "sites", "layers", "calibration", "pooling", "monitor_tokens"})
 """Settings that are recorded only where they are not the default."""

@@ -110,14 +110,10 @@ def choose_strength(
     holds both classes.
     """
     strengths = family.strengths if strengths is None else strengths
-    assigned = source_folds(sources, harmful)
-    folds = _row_folds(len(positive), groups, seed) if assigned is None else assigned
+    folds, by_source = folds_of(sources, harmful, groups, seed)
     held_out = np.zeros((len(strengths), len(positive)), dtype=np.float32)
-    areas: dict[str, list[list[float]]] = {}
-    whole: dict[str, list[list[float]]] = {}
     for inside, rest in splits(folds, groups):
-        if not rest.any() or positive[rest].all() or not positive[rest].any():
-            raise ProbeError("all positives come from one source; add a harmful source to the fit data")
+        need_elsewhere(positive, rest)
         seen, unseen = features[rest], features[inside]
         if select is not None:
             columns = select(seen, positive[rest])
@@ -125,6 +121,44 @@ def choose_strength(
         # All strengths at once: a family standardises once a fold, and that copy is the largest array here.
         for row, scorer in enumerate(family.path(seen, positive[rest], strengths)):
             held_out[row, inside] = scorer.logits(unseen)
+    return best_strength(strengths, held_out, positive, sources, folds, by_source=by_source)
+
+
+def folds_of(
+    sources: NDArray[np.str_],
+    harmful: BoolArray,
+    groups: IntArray | None = None,
+    seed: int = 0,
+    *,
+    most: int = MOST_FOLDS,
+) -> tuple[IntArray, bool]:
+    """Fold number ``[n]`` of each prompt, and whether folds are whole sources: rows, where they cannot be."""
+    assigned = source_folds(sources, harmful, most=most)
+    if assigned is None:
+        return _row_folds(len(sources), groups, seed), False
+    return assigned, True
+
+
+def need_elsewhere(positive: BoolArray, rest: BoolArray) -> None:
+    """Raises ProbeError when the prompts outside of a fold are of one class."""
+    if not rest.any() or positive[rest].all() or not positive[rest].any():
+        raise ProbeError("all positives come from one source; add a harmful source to the fit data")
+
+
+def best_strength(
+    strengths: Sequence[float],
+    held_out: Float32Array,
+    positive: BoolArray,
+    sources: NDArray[np.str_],
+    folds: IntArray,
+    *,
+    by_source: bool,
+) -> Choice:
+    """The strength whose logits ``held_out`` ``[strengths, n]`` rank best. Raises ProbeError."""
+    areas: dict[str, list[list[float]]] = {}
+    whole: dict[str, list[list[float]]] = {}
+    for fold in np.unique(folds):
+        inside = folds == fold
         for name in np.unique(sources[inside & positive]).tolist():
             compared = inside & (~positive | (sources == name))
             if positive[compared].all():
@@ -139,19 +173,19 @@ def choose_strength(
     if not areas:
         raise ProbeError("no fold of sources holds both classes; add sources, harmful and benign")
     # A source that is spread over folds of rows counts once, like any other.
-    by_source = {name: np.mean(figures, axis=0) for name, figures in areas.items()}
-    mean = np.mean(list(by_source.values()), axis=0)
+    figures = {name: np.mean(found, axis=0) for name, found in areas.items()}
+    mean = np.mean(list(figures.values()), axis=0)
     best = int(np.argmax(mean))
     left = {
         name: Left(
             int((positive & (sources == name)).sum()),
-            float(figures[best]),
+            float(found[best]),
             float(np.mean(whole[name], axis=0)[best]),
         )
-        for name, figures in by_source.items()
+        for name, found in figures.items()
     }
     scores = {strength: float(value) for strength, value in zip(strengths, mean, strict=True)}
-    return Choice(strengths[best], scores, held_out[best], assigned is not None, left, len(np.unique(folds)))
+    return Choice(strengths[best], scores, held_out[best], by_source, left, len(np.unique(folds)))
 
 
 def _row_folds(rows: int, groups: IntArray | None, seed: int) -> IntArray:

@@ -190,7 +190,7 @@ class Subject:
         """Greedy answers, in order."""
         texts: list[str] = []
         for chunk in tqdm(chunks(prompts), f"answers ({name})", disable=not self.progress):
-            key = self._answer_key(chunk)
+            key = self.answer_key(chunk)
             found = self.cache.texts("answers", key)
             if found is None or len(found) != len(chunk):
                 found = self._answer(chunk)
@@ -205,7 +205,7 @@ class Subject:
         result = np.empty((len(prompts), width), dtype=np.float32)
         start = 0
         for chunk in tqdm(chunks(prompts), f"activations ({name})", disable=not self.progress):
-            key = self._feature_key(chunk, units)
+            key = self.feature_key(chunk, units)
             found = self.cache.array("activations", key)
             if found is None or found.shape != (len(chunk), width):
                 found = self._read(chunk, units)
@@ -222,13 +222,13 @@ class Subject:
     def unanswered(self, prompts: Sequence[Tokens]) -> list[Tokens]:
         """The prompts whose answers are not in the cache."""
         return self._absent(
-            prompts, lambda chunk: self.cache.path("answers", self._answer_key(chunk), ".json")
+            prompts, lambda chunk: self.cache.path("answers", self.answer_key(chunk), ".json")
         )
 
     def unread(self, prompts: Sequence[Tokens], units: Units) -> list[Tokens]:
         """The prompts whose activations are not in the cache."""
         return self._absent(
-            prompts, lambda chunk: self.cache.path("activations", self._feature_key(chunk, units), ".npy")
+            prompts, lambda chunk: self.cache.path("activations", self.feature_key(chunk, units), ".npy")
         )
 
     def _absent(
@@ -251,10 +251,12 @@ class Subject:
             return self.reader.features(units, chunk)
         return read_prompts(self.model, units, chunk, tokens=self.batch_tokens)
 
-    def _answer_key(self, chunk: Sequence[Tokens]) -> dict[str, Any]:
-        return self._key(chunk, new_tokens=self.new_tokens)
+    def answer_key(self, chunk: Sequence[Tokens], new_tokens: int | None = None) -> dict[str, Any]:
+        """What answers depend on, of the judged length unless another is given."""
+        return self._key(chunk, new_tokens=self.new_tokens if new_tokens is None else new_tokens)
 
-    def _feature_key(self, chunk: Sequence[Tokens], units: Units) -> dict[str, Any]:
+    def feature_key(self, chunk: Sequence[Tokens], units: Units) -> dict[str, Any]:
+        """What activations at the last token depend on."""
         return self._key(chunk, sites=digest_of([site.model_dump(mode="json") for site in units]))
 
     def _key(self, chunk: Sequence[Tokens], **settings: Any) -> dict[str, Any]:

@@ -16,11 +16,12 @@ import transformers
 
 from guard.bundle import AdapterCard, Bundle, SelfTest, Site
 from guard.cache import Cache
-from guard.capture import Float32Array, read_batch
+from guard.capture import Float32Array, read_batch, read_every_token
 from guard.checkpoint import Checkpoint
 from guard.observe import Subject
 from guard.prompts import Tokens, encode
 from guard.scorer import Scorer
+from guard.sequence import SequenceScorer
 from guard.units import Units
 
 MILD_PROMPTS = (
@@ -51,6 +52,9 @@ MILD_PROMPTS = (
 )
 PROMPTS = 12
 """How many of them a bundle keeps: enough to see a wrong unit, few enough to delay no start."""
+LONG = 256
+"""A sequence probe's longest prompt has more tokens: it is computed in several chunks where those are small,
+and its scores lie in several blocks of the KV cache."""
 DTYPES = ("float32", "bfloat16", "float16")
 FLOAT32_TOLERANCE = 1e-3
 """In float32 only the order of sums differs between engines: a thousandth of the spread of scores."""
@@ -79,7 +83,7 @@ class Measured(NamedTuple):
 def measure(
     checkpoint: Checkpoint,
     units: Sequence[Site],
-    scorer: Scorer,
+    scorer: Scorer | SequenceScorer,
     *,
     device: str = "cpu",
     dtypes: Sequence[str] = DTYPES,
@@ -87,15 +91,16 @@ def measure(
 ) -> Measured:
     """Score the mild prompts one by one in each dtype and keep those whose scores lie far apart.
 
-    With ``cache``, activations that were read before are taken from there, and no model is loaded.
+    With ``cache``, activations that were read before are taken from there, and no model is loaded. For a
+    sequence probe there is a prompt of more than ``LONG`` tokens as well, where the context holds one.
     """
-    prompts = _mild(checkpoint.load_tokenizer())
-    logits = {}
-    for dtype in dtypes:
-        key = {**_key(checkpoint, units, prompts), "dtype": dtype, "device": device}
-        features = _cached(cache, key, partial(_features, checkpoint, units, prompts, dtype, device))
-        logits[dtype] = scorer.logits(features)
-    chosen = _spread_out(logits["float32"], PROMPTS)
+    tokenizer = checkpoint.load_tokenizer()
+    prompts = _mild(tokenizer)
+    chosen_anyway: list[int] = []
+    if isinstance(scorer, SequenceScorer) and (long := _long(tokenizer, checkpoint.context)):
+        chosen_anyway, prompts = [len(prompts)], [*prompts, long]
+    logits = {dtype: _logits(scorer, checkpoint, units, prompts, dtype, device, cache) for dtype in dtypes}
+    chosen = _spread_out(logits["float32"][: len(MILD_PROMPTS)], PROMPTS) + chosen_anyway
     spread, deviation, tolerance = _tolerance(logits)
     return _measured(prompts, chosen, logits, tolerance, deviation, spread)
 
@@ -132,6 +137,41 @@ def measure_served(subject: Subject, units: Units, scorer: Scorer) -> Measured:
 
 def _mild(tokenizer: Any) -> list[Tokens]:
     return [encode(tokenizer, [{"role": "user", "content": text}]) for text in MILD_PROMPTS]
+
+
+def _long(tokenizer: Any, context: int) -> Tokens | None:
+    """The mild prompts as one, up to more than ``LONG`` tokens; None when the context is too short."""
+    for number in range(1, len(MILD_PROMPTS) + 1):
+        text = " ".join(MILD_PROMPTS[:number])
+        found = encode(tokenizer, [{"role": "user", "content": text}])
+        if len(found) > LONG:
+            return found if len(found) < context else None
+    return None
+
+
+def _logits(
+    probe: Scorer | SequenceScorer,
+    checkpoint: Checkpoint,
+    units: Sequence[Site],
+    prompts: Sequence[Tokens],
+    dtype: str,
+    device: str,
+    cache: Cache | None = None,
+) -> Float32Array:
+    """Raw logits ``[n]`` of prompts that are read one by one."""
+    key = {**_key(checkpoint, units, prompts), "dtype": dtype, "device": device}
+    if isinstance(probe, Scorer):
+        read = partial(_features, checkpoint, units, prompts, dtype, device)
+        return probe.logits(_cached(cache, key, read))
+
+    def read_all() -> Float32Array:
+        model = checkpoint.load_model(dtype, device)
+        parts = [read_every_token(model, units, [prompt])[0] for prompt in prompts]
+        return np.asarray(torch.cat(parts).float().cpu().numpy())
+
+    every = _cached(cache, {**key, "tokens": "every"}, read_all)
+    parts = np.split(every, np.cumsum([len(prompt) for prompt in prompts])[:-1])
+    return np.array([probe.logit(part) for part in parts], dtype=np.float32)
 
 
 def _key(checkpoint: Checkpoint, units: Sequence[Site], prompts: Sequence[Tokens]) -> dict[str, Any]:
@@ -181,7 +221,7 @@ def measure_adapter(bundle: Bundle, checkpoint: Checkpoint, *, device: str = "cp
         raise ValueError("the checkpoint has no adapter to measure")
     prompts = card.self_test.prompts
     logits = {
-        dtype: bundle.logits(_features(checkpoint, card.sites, prompts, dtype, device))
+        dtype: _logits(bundle.probe, checkpoint, card.sites, prompts, dtype, device)
         for dtype in dict.fromkeys(("float32", *card.self_test.logits))
     }
     _, _, tolerance = _tolerance(logits)
@@ -251,8 +291,8 @@ def check(bundle: Bundle, checkpoint: Checkpoint, *, device: str = "cpu") -> dic
         recorded, tolerance = entry.self_test, entry.tolerance
     found = {}
     for dtype, expected in recorded.items():
-        features = _features(checkpoint, card.sites, card.self_test.prompts, dtype, device)
-        far = float(np.abs(bundle.logits(features) - np.array(expected, dtype=np.float32)).max())
+        logits = _logits(bundle.probe, checkpoint, card.sites, card.self_test.prompts, dtype, device)
+        far = float(np.abs(logits - np.array(expected, dtype=np.float32)).max())
         if not far <= tolerance[dtype]:
             raise SelfTestError(
                 f"self-test scores in {dtype} differ by {far:.3g} from the bundle's, accepted is "

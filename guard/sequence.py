@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +41,7 @@ class SequenceScorer:
             raise ScorerError("the probe holds a value that is not finite")
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> Literal["sequence"]:
         """How a card names this kind of probe."""
         return "sequence"
 

@@ -60,6 +60,7 @@ def verify_bundle(
     looks: dict[str, Callable[[Bundle], str]] = {
         "digest": lambda bundle: _digest(bundle, digest),
         "thresholds": lambda bundle: _thresholds(bundle.card),
+        "monitor": lambda bundle: _monitor(bundle.card),
         "data": lambda bundle: _data(bundle.card),
         "units": lambda bundle: _units(bundle.card),
         "self-test": lambda bundle: _self_test(bundle.card),
@@ -136,6 +137,34 @@ def _thresholds(card: GuardCard) -> str:
     if len(set(rates)) < len(rates):
         raise _FailedError("two thresholds are for one false-positive rate")
     return ", ".join(f"{t.false_positive_rate:g} at P(unsafe) {t.probability:.6f}" for t in card.thresholds)
+
+
+def _monitor(card: GuardCard) -> str:
+    if not card.monitor:
+        raise _SkippedError("the bundle watches no answers")
+    limits: dict[tuple[float, int], float] = {}
+    for each in card.monitor:
+        rate, name = each.false_positive_rate, f"the limit for {each.false_positive_rate:g}"
+        if (rate, each.debounce) in limits:
+            raise _FailedError(f"two limits are for {rate:g} and {each.debounce} tokens in a row")
+        limits[rate, each.debounce] = each.logit
+        if each.answers < prompts_needed(rate):
+            raise _FailedError(
+                f"{name} rests on {each.answers} benign answers, and needs {prompts_needed(rate)} at least"
+            )
+        most = clopper_pearson(math.floor(rate * each.answers + 1e-9), each.answers).high
+        if not clopper_pearson(0, each.answers).high - 1e-9 <= each.upper95 <= most + 1e-9:
+            raise _FailedError(
+                f"{name}: a true rate of at most {each.upper95:g} does not follow from {each.answers} answers"
+            )
+    for (rate, debounce), logit in limits.items():
+        stricter = [other for (r, d), other in limits.items() if r >= rate and d >= debounce]
+        if max(stricter) > logit:
+            raise _FailedError(
+                f"the limit for {rate:g} and {debounce} tokens in a row lies below one for a higher rate or "
+                "more tokens"
+            )
+    return f"{len(limits)} limits on {card.monitor[0].answers} benign answers"
 
 
 def _data(card: GuardCard) -> str:

@@ -137,11 +137,11 @@ def table(results: dict[str, Any]) -> str:
 )
 @click.option(
     "--part",
-    type=click.Choice(["all", "pairs", "grid", "patches", "sequence", "gateway"]),
+    type=click.Choice(["all", "pairs", "grid", "patches", "sequence", "gateway", "alternatives"]),
     default="all",
     show_default=True,
     help="two models in detail; models, units and batches of several sizes; patches; "
-    "a probe of every token; a gateway and a mock",
+    "a probe of every token; a gateway and a mock; other ways to refuse. The last two are not in all",
 )
 @click.option(
     "--grid-seconds", default=20.0, show_default=True, help="CPU seconds for each figure of that grid"
@@ -167,6 +167,11 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     if part == "gateway":
         click.echo(measure_gateway(out=out))
+        return
+    if part == "alternatives":
+        from loadtests.alternatives.__main__ import main as compare_with_others
+
+        compare_with_others(["--out", str(out)], standalone_mode=False)
         return
     with tempfile.TemporaryDirectory() as folder:
         if part in ("all", "pairs"):

@@ -48,14 +48,14 @@ def measure(model: Path, refusing: Path, prompts: list[list[int]], folder: Path)
         Keyring.generate().save(keys)
         python = sys.executable
         plain = start(
-            _server([python, "-c", PLAIN, "--model", str(model), *FLAGS], "/health", folder / "plain.log")
+            server([python, "-c", PLAIN, "--model", str(model), *FLAGS], "/health", folder / "plain.log")
         )
         guarded = [python, "-m", "guard.engine", "--bundle", str(refusing), "--key-file", str(keys)]
         engine = start(
-            _server([*guarded, "--model", str(model), *FLAGS], "/guard/status", folder / "engine.log")
+            server([*guarded, "--model", str(model), *FLAGS], "/guard/status", folder / "engine.log")
         )
         settings = {"NEURONGUARD_ENGINE_URL": engine, "NEURONGUARD_KEY_FILE": str(keys)}
-        gateway = start(_server([python, "-m", "service"], "/readyz", folder / "gateway.log", settings))
+        gateway = start(server([python, "-m", "service"], "/readyz", folder / "gateway.log", settings))
         urls = {"plain": plain, "engine": engine, "gateway": gateway}
         clients = {name: start(httpx.Client(base_url=url, timeout=60.0)) for name, url in urls.items()}
         for name, client in clients.items():
@@ -100,9 +100,10 @@ def _first_frame(client: httpx.Client, prompt: list[int], *, refused: bool) -> f
 
 
 @contextlib.contextmanager
-def _server(
+def server(
     command: list[str], ready: str, log: Path, settings: dict[str, str] | None = None
 ) -> Iterator[str]:
+    """Start a server on a free port, wait until ``ready`` answers 200, and give its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

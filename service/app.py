@@ -71,6 +71,7 @@ def create_app(
         for url in settings.engines
     ]
     pool = Pool(watches, metrics, settings.max_connections)
+    metrics.outstanding.set_function(lambda: pool.outstanding)
     judges = Judges(metrics, judge_transport)
 
     def judges_change(policies: Policies) -> Commit:
@@ -125,6 +126,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     tasks = [asyncio.create_task(watch.run()) for watch in gateway.pool.watches]
     if gateway.settings.policy_file is not None and gateway.settings.policy_interval:
         tasks.append(asyncio.create_task(gateway.store.watch(gateway.settings.policy_interval)))
+    loop = asyncio.get_running_loop()
+    gateway.metrics.tasks.set_function(lambda: len(asyncio.all_tasks(loop)))
     hangup = threading.current_thread() is threading.main_thread()
     if hangup:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, gateway.store.reload_or_log)

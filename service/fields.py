@@ -191,6 +191,8 @@ def _explain(error: ValidationError, value: dict[str, Any]) -> ApiError:
     if first["type"] == "missing":
         return bad_request(f"The field '{param}' is missing.", code="missing_required_parameter", param=param)
     message = first["msg"].removeprefix("Value error, ")[:300]
+    if first["type"] == "union_tag_invalid":  # pydantic's own words repeat the value, which may be anything
+        message = "{discriminator} must be one of {expected_tags}".format(**first["ctx"])
     where = f"The field '{param}' is wrong: " if param else ""
     return bad_request(f"{where}{message}.", param=param)
 

@@ -111,6 +111,12 @@ class Metrics:
             "Requests being answered, those for health, metrics and the API's description aside.",
             registry=registry,
         )
+        self.outstanding = Gauge(
+            "guard_upstream_outstanding_requests",
+            "Requests that were sent to engines and whose answers have not ended.",
+            registry=registry,
+        )
+        self.tasks = Gauge("guard_asyncio_tasks", "Tasks of the gateway's event loop.", registry=registry)
         self.inflight_limit = Gauge(
             "guard_inflight_requests_limit",
             "Most requests that are sent to the engine at one time; more get a 503 at once.",

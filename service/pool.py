@@ -56,6 +56,11 @@ class Pool:
             if watch.ready is None
         )
 
+    @property
+    def outstanding(self) -> int:
+        """Requests at all engines."""
+        return sum(watch.backend.outstanding for watch in self.watches)
+
     def require(self) -> Lane:
         """Any ready engine. Raises ApiError 503 when there is none."""
         ready = self.ready
@@ -92,7 +97,7 @@ class Pool:
 
         Raises ApiError 503 when none is left, or when as many requests are being answered as may be.
         """
-        if sum(watch.backend.outstanding for watch in self.watches) >= self._max_requests:
+        if self.outstanding >= self._max_requests:
             self._metrics.rejections.labels("saturated").inc()
             raise unavailable(
                 "As many requests are being answered as can be. Try again later.",

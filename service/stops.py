@@ -53,9 +53,10 @@ class Stops:
         value = parse_json_object(data_of(frame) or b"") if _MARK in frame else None
         if value is None or not isinstance(value.get("choices"), list):
             return frame
-        before = len(self.found)
         choices = [self._of_choice(choice) for choice in value["choices"]]
-        return frame if self.withdraws or len(self.found) == before else _frame(value | {"choices": choices})
+        if self.withdraws or choices == value["choices"]:
+            return frame
+        return _frame(value | {"choices": choices})
 
     def withdrawn(self, frames: Iterable[bytes], watch: AnswerWatch) -> Iterator[bytes]:
         """The frames of a stream that has ended, with a refusal in place of every choice that was stopped."""

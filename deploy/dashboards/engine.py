@@ -153,6 +153,22 @@ def _guard() -> list[p.Panel]:
             p.query("max by (instance) (guard_engine_ready)", "{{instance}}"),
             width=6,
         ),
+        p.lines(
+            "Watched answers",
+            "Answers that were stopped as they grew. observed: under policies that only observe, and would "
+            "have been stopped; read before you let a policy enforce. failed: their scores did not come, and "
+            "they ended in an error. Anything but 0 there is a fault of the guard.",
+            "reqps",
+            p.query(per_second("guard_engine_stops_total", by="source, outcome"), "{{source}} {{outcome}}"),
+            colours={"/ stopped$/": p.REFUSE, "/ observed$/": p.WOULD_REFUSE, "/ failed$/": p.BYPASS},
+        ),
+        p.lines(
+            "Tokens until a stop",
+            "Tokens of an answer when it was stopped, or would have been. Exact to the histogram's buckets.",
+            "short",
+            p.query(quantile(0.5, "guard_engine_stop_tokens"), "p50", ref="A"),
+            p.query(quantile(0.95, "guard_engine_stop_tokens"), "p95", ref="B"),
+        ),
         p.listing(
             "Engines",
             "Bundle and versions of each engine. Rows that differ are a roll-out in progress or one that "

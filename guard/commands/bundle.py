@@ -23,6 +23,7 @@ def bundle() -> None:
 def show(directory: Path) -> None:
     """Say what a bundle guards, what it reads and where its thresholds lie."""
     from guard.bundle import Bundle
+    from guard.bundle_card import pooled
 
     loaded = Bundle.load(directory)
     card = loaded.card
@@ -34,6 +35,8 @@ def show(directory: Path) -> None:
     hidden = f", {loaded.scorer.hidden} hidden units" if card.probe == "mlp" else ""
     stages = ": P(harmful prompt) times P(the model complies)" if card.probe == "product" else ""
     click.echo(f"probe      {card.probe}{hidden}{stages}")
+    if card.pooling:
+        click.echo(f"pooling    {pooled(card.pooling)}")
     if card.calibration.knots:
         click.echo(f"calibrated isotonic, {len(card.calibration.knots)} knots")
     click.echo(f"reads      {card.features} features at {len(card.sites)} sites")
@@ -43,6 +46,12 @@ def show(directory: Path) -> None:
             f"threshold  {100 * threshold.false_positive_rate:g} % false positives: P(unsafe) ≥ "
             f"{threshold.probability:.6f}; true rate at most {100 * threshold.upper95:.2f} % (95 %, "
             f"{threshold.benign} benign prompts){default}"
+        )
+    for point in card.monitor:
+        click.echo(
+            f"monitor    {100 * point.false_positive_rate:g} % of benign answers: logit ≥ "
+            f"{point.logit:.4f} on {point.debounce} tokens in a row; true rate at most "
+            f"{100 * point.upper95:.2f} % (95 %, {point.answers} answers)"
         )
     for name, tolerance in card.self_test.tolerance.items():
         click.echo(f"self-test  {len(card.self_test.prompts)} prompts, {name} within {tolerance:.3g}")

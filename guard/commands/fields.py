@@ -79,7 +79,14 @@ def _plain(text: str, kind: _Kind) -> str:
 
 
 def field_docs(options: type[Any]) -> dict[str, str]:
-    """The docstring under each field; nothing when the source is not at hand."""
+    """The docstring under each field, also of inherited ones; nothing when the source is not at hand."""
+    found: dict[str, str] = {}
+    for each in reversed(options.__mro__[:-1]):
+        found |= _own_docs(each)
+    return found
+
+
+def _own_docs(options: type[Any]) -> dict[str, str]:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(options)))
     except (OSError, TypeError):

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import click
 
-from guard.commands import options
+from guard.commands import options, sequence
 
 
 @click.command()
@@ -90,6 +90,7 @@ from guard.commands import options
     default=None,
     help="Size of the hidden layer of 'mlp'.  [default: 16]",
 )
+@sequence.pooling
 @click.option(
     "--calibration",
     type=click.Choice(["platt", "isotonic"]),
@@ -142,6 +143,12 @@ def fit(
     default_rate: float,
     apart: tuple[str, ...],
     seed: int,
+    pooling: str,
+    window: int | None,
+    ema_rate: float | None,
+    temperature: float | None,
+    heads: int | None,
+    monitor_tokens: int | None,
     **running: Any,
 ) -> None:
     """Fit a probe on a model's activations and write a bundle."""
@@ -155,6 +162,7 @@ def fit(
 
     if hidden is not None and probe != "mlp":
         raise click.UsageError("--hidden is the size of a hidden layer; give it with --probe mlp")
+    of_pooling = {"window": window, "ema_rate": ema_rate, "temperature": temperature, "heads": heads}
     settings = FitSettings(
         label=label,
         units=cast(UnitChoice, units) if units in _CHOSEN else "file",
@@ -165,6 +173,8 @@ def fit(
         calibration=calibration,
         probe=probe,
         hidden=hidden or 16,
+        pooling=sequence.chosen(pooling, of_pooling, running["capture"]),
+        monitor_tokens=monitor_tokens or 0,
         rates=rates,
         default_rate=default_rate,
         apart=apart,
@@ -197,8 +207,11 @@ def fit(
             subject.reader.close()
     bundle.save(out)
     click.echo(f"wrote {out}: {bundle.card.features} features, digest {bundle.digest}")
-    for reason in bundle.card.metrics["fit"]["thresholds_omitted"]:
+    fitted = bundle.card.metrics["fit"]
+    for reason in fitted["thresholds_omitted"]:
         click.echo(f"a threshold is left out: {reason}")
+    for reason in fitted.get("monitor", {}).get("omitted", ()):
+        click.echo(f"a limit is left out: {reason}")
 
 
 _CHOSEN = ("all", "l1", "stability", "random")

@@ -25,6 +25,8 @@ from guard.sites import UnsupportedArchitectureError, shape_of
 from guard.verdict import Decision
 
 CONFIG_KEY = "neuronguard"
+ENTRIES_KEY = "neuronguard_entries"
+"""Beside a verdict on its way to the API server: how many requests the ledger holds."""
 STOP_KEY = "neuronguard_stop"
 """What an output's ``kv_transfer_params`` say of an answer that was stopped, for the API server to count."""
 WORKER = "guard.engine.worker.GuardWorker"

@@ -36,6 +36,7 @@ from guard.engine.answer import (
 )
 from guard.engine.config import (
     CONFIG_KEY,
+    ENTRIES_KEY,
     EXTRA_ARG,
     STOP_KEY,
     GuardConfig,
@@ -47,9 +48,12 @@ from guard.engine.ledger import STOPPING
 from guard.engine.metrics import (
     CLOSED_ROUTES,
     DIRECTIVE_ERRORS,
+    EXCHANGES,
+    LEDGER,
     MISSING_VERDICTS,
     STOP_TOKENS,
     STOPS,
+    TASKS,
     UNSCORED_SHAPES,
     VERDICTS,
 )
@@ -120,6 +124,7 @@ class Exchanges:
         for output in engine_core_outputs:
             params = output.kv_transfer_params
             if params is not None and CONFIG_KEY in params:
+                LEDGER.set(params.pop(ENTRIES_KEY))
                 self._take(output.request_id, params.pop(CONFIG_KEY))
                 output.kv_transfer_params = params or None
             if params is not None and STOP_KEY in params:
@@ -182,6 +187,9 @@ class GuardMiddleware:
         config = GuardConfig.of(engine_client.vllm_config)
         bundle = config.load_bundle()
         self._exchanges = Exchanges(engine_client.output_processor)
+        loop = asyncio.get_running_loop()
+        EXCHANGES.set_function(self._exchanges.__len__)
+        TASKS.set_function(lambda: len(asyncio.all_tasks(loop)))
         models = getattr(state, "openai_serving_models", None)
         adapters = models.lora_requests if models is not None else {}
         self._readiness = Readiness(

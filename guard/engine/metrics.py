@@ -31,6 +31,15 @@ MISSING_VERDICTS = Counter(
 CLOSED_ROUTES = Counter(
     "guard_engine_closed_routes", "Requests for routes of vLLM that a guarded engine does not answer."
 )
+EXCHANGES = Gauge(
+    "guard_engine_exchanges",
+    "Engine requests of HTTP requests that are being followed to their verdict or end.",
+)
+LEDGER = Gauge(
+    "guard_engine_ledger_entries",
+    "Requests in the scheduler's ledger when it last gave a verdict or let a judged request go.",
+)
+TASKS = Gauge("guard_engine_asyncio_tasks", "Tasks of the API server's event loop.")
 STOPS = Counter(
     "guard_engine_stops",
     "Answers that were stopped as they grew, would have been (observed), or had no scores (failed).",

@@ -28,6 +28,7 @@ from vllm.v1.request import Request, RequestStatus
 from guard.engine import compat
 from guard.engine.config import (
     CONFIG_KEY,
+    ENTRIES_KEY,
     EXTRA_ARG,
     STOP_KEY,
     GuardConfig,
@@ -155,7 +156,7 @@ class GuardMixin(_Scheduler):
         for engine_outputs in outputs.values():
             for output in engine_outputs.outputs:
                 if (verdict := verdicts.get(output.request_id)) is not None:
-                    output.kv_transfer_params = _carry(verdict, output.kv_transfer_params)
+                    output.kv_transfer_params = self._carry(verdict, output.kv_transfer_params)
                 if (seen := found.get(output.request_id)) is not None:
                     output.kv_transfer_params = _tell(seen, output.kv_transfer_params)
         for rid in stopped:
@@ -277,7 +278,7 @@ class GuardMixin(_Scheduler):
             finish_reason=request.get_finished_reason(),
             stop_reason=request.stop_reason,
             events=request.take_events(),
-            kv_transfer_params=_carry(verdict, None),
+            kv_transfer_params=self._carry(verdict, None),
             trace_headers=request.trace_headers,
             prefill_stats=stats,
         )
@@ -298,7 +299,7 @@ class GuardMixin(_Scheduler):
             finish_reason=request.get_finished_reason(),
             stop_reason=request.stop_reason,
             events=request.take_events(),
-            kv_transfer_params=_tell(found, _carry(verdict, None) if verdict else None),
+            kv_transfer_params=_tell(found, self._carry(verdict, None) if verdict else None),
             trace_headers=request.trace_headers,
         )
         outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(output)
@@ -311,7 +312,10 @@ class GuardMixin(_Scheduler):
         verdict = self.ledger.close(request.request_id)
         self._untold.pop(request.request_id, None)
         params, encoder_params = super()._free_request(request, delay_free_blocks=delay_free_blocks)
-        return (_carry(verdict, params) if verdict else params), encoder_params
+        return (self._carry(verdict, params) if verdict else params), encoder_params
+
+    def _carry(self, verdict: Verdict, params: dict[str, Any] | None) -> dict[str, Any]:
+        return {**(params or {}), CONFIG_KEY: verdict.model_dump_json(), ENTRIES_KEY: len(self.ledger)}
 
 
 class GuardScheduler(GuardMixin, Scheduler):
@@ -348,10 +352,6 @@ def _silence(model_runner_output: Any, request_id: str) -> None:
         model_runner_output.sampled_token_ids[index] = []
     # The base class asserts that a request without output has no prompt logprobs either.
     compat.drop_prompt_logprobs(model_runner_output, request_id)
-
-
-def _carry(verdict: Verdict, params: dict[str, Any] | None) -> dict[str, Any]:
-    return {**(params or {}), CONFIG_KEY: verdict.model_dump_json()}
 
 
 def _tell(found: Found, params: dict[str, Any] | None) -> dict[str, Any]:

@@ -55,7 +55,13 @@ def run(name: str, model: Path, bundle: Path, folder: Path, rounds: int) -> dict
 
 
 @click.command(help=__doc__)
-@click.option("--rounds", default=5, show_default=True, help="of each way in each layout")
+@click.option(
+    "--rounds",
+    default=5,
+    type=click.IntRange(2),
+    show_default=True,
+    help="of each way in each layout",
+)
 @click.option("--layout", "layouts", multiple=True, type=click.Choice(list(LAYOUTS)), help="only these")
 @click.option("--fresh", is_flag=True, help="forget what was measured before")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("docs/results"), show_default=True)

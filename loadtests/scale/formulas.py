@@ -64,6 +64,7 @@ class Step(NamedTuple):
     moved: int
     """Bytes read and written in the device's memory."""
     flops: int
+    """Of the probe's first layer; what follows it is smaller by the number of features."""
     reduced: int
     """Bytes that the ranks add up, once a step and only where prompts end."""
 

@@ -80,6 +80,16 @@ def process(command: list[str], environment: dict[str, str], log: Path) -> Itera
             child.wait(30)
 
 
+def server_process(url: str) -> int:
+    """The process id of the engine's server that was started for ``url``."""
+    port = url.rpartition(":")[2].encode()
+    for children in Path("/proc/self/task").glob("*/children"):
+        for pid in map(int, children.read_text().split()):
+            if b"--port\0" + port + b"\0" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return pid
+    raise AssertionError(f"no server was started for {url}")
+
+
 def descendant(pid: int, name: str) -> int:
     """The process id of a child, or a child's child, whose command line holds ``name``."""
     waiting = [pid]

@@ -1,7 +1,8 @@
-"""What faults of a real engine look like to a client: too small a pool, a hang, a worker that is killed.
+"""What faults of a real engine look like to a client: too small a pool, a hang, processes that are killed.
 
-One engine for all of them, on a copy of the bundle, with few blocks and its worker in a process of its own.
-The tests run in their order, since the last one ends it.
+One engine for nearly all of them, on a copy of the bundle, with few blocks and its worker in a process of its
+own. The tests run in their order: one ends it by its worker, and the next starts another one in its place, to
+end that by its API server. What comes of a killed engine core is in `test_parallel_server.py`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import Popen
 
 import httpx
 import pytest
@@ -33,6 +38,7 @@ BLOCKS = 40
 """Of 32 tokens: not even three requests of full length fit at one time."""
 FLAGS = ("--distributed-executor-backend", "mp", "--num-gpu-blocks-override", str(BLOCKS))
 TEXTS = "/v1/completions"
+STAGES = ("stream", "backend")
 
 
 @dataclass(frozen=True)
@@ -40,13 +46,20 @@ class Doomed:
     """The engine and the gateway in front of it."""
 
     engine: str
-    pid: int
+    child: Popen[bytes]
     bundle: Path
     gateway: GatewayProcess
 
     def ask(self, prompt: list[int], name: str, **more: object) -> httpx.Response:
         body = {"model": "tiny", "prompt": prompt, "max_tokens": 4} | more
         return httpx.post(self.gateway.url + TEXTS, json=body, headers={"x-request-id": name}, timeout=240)
+
+    def until(self, status: int) -> None:
+        """Wait for what ``/readyz`` says."""
+        deadline = time.monotonic() + 60
+        while httpx.get(f"{self.gateway.url}/readyz", timeout=10).status_code != status:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
 
     def lines(self, *names: str) -> list[dict[str, object]]:
         """The last audit lines of these requests, each of which has a first one as well."""
@@ -58,19 +71,27 @@ class Doomed:
         return [ends[name] for name in names]
 
 
+@contextmanager
+def engine(model: Path, bundle: Path, key_file: Path, port: int, log: Path) -> Iterator[Popen[bytes]]:
+    command = servers.engine_command(model, bundle, key_file, "tiny", port, *FLAGS)
+    with servers.process(command, servers.ENVIRONMENT, log) as child:
+        servers.wait_until(f"http://127.0.0.1:{port}/guard/status", child, log)
+        yield child
+
+
 @pytest.fixture(scope="module")
 def doomed(tiny_model, tiny_bundle_dir, key_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("doomed")
     bundle = shutil.copytree(tiny_bundle_dir, folder / "bundle")
     port = servers.free_port()
-    command = servers.engine_command(tiny_model, bundle, key_file, "tiny", port, *FLAGS)
     url, log = f"http://127.0.0.1:{port}", folder / "engine.log"
     # Long ones, for busy machines, except for the verdict of a stream, which one test waits for in vain.
     times = {"verdict_timeout": "5", "answer_timeout": "200", "idle_timeout": "100", "status_timeout": "10"}
-    with servers.process(command, servers.ENVIRONMENT, log) as child:
-        servers.wait_until(f"{url}/guard/status", child, log)
-        with gateway_process(folder, url, key_file, **times) as gateway:
-            yield Doomed(url, child.pid, bundle, gateway)
+    with (
+        engine(tiny_model, bundle, key_file, port, log) as child,
+        gateway_process(folder, url, key_file, **times) as gateway,
+    ):
+        yield Doomed(url, child, bundle, gateway)
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +198,7 @@ def test_a_bundle_that_changes_under_a_running_engine_changes_nothing_until_the_
 
 
 def test_an_engine_core_that_hangs_is_a_504_and_answers_when_it_is_back(doomed, safe):
-    core = servers.descendant(doomed.pid, "VLLM::EngineCore")
+    core = servers.descendant(doomed.child.pid, "VLLM::EngineCore")
     before = doomed.gateway.metric("guard_errors_total", stage="backend", outcome="closed")
     os.kill(core, signal.SIGSTOP)
     try:
@@ -191,7 +212,7 @@ def test_an_engine_core_that_hangs_is_a_504_and_answers_when_it_is_back(doomed, 
 
 
 def test_a_worker_that_is_killed_ends_its_streams_in_an_error_and_the_gateway_turns_others_away(doomed, safe):
-    worker = servers.descendant(doomed.pid, "VLLM::Worker")
+    worker = servers.descendant(doomed.child.pid, "VLLM::Worker")
     wish = {"stream": True, "max_tokens": 300, "min_tokens": 300, "ignore_eos": True}
     body = {"model": "tiny", "prompt": safe} | wish
     headers, url = {"x-request-id": "killed"}, doomed.gateway.url + TEXTS
@@ -219,6 +240,65 @@ def test_a_worker_that_is_killed_ends_its_streams_in_an_error_and_the_gateway_tu
     lines = doomed.lines("killed", "dead", *(f"dying-{index}" for index in range(dying)))
     assert [line["status"] for line in lines[:2]] == [200, 503]
     assert lines[0]["outcome"] == "interrupted"
+
+
+def test_an_api_server_that_is_killed_ends_what_it_was_answering_and_leaves_no_process_behind(
+    doomed, safe, tiny_model, tiny_bundle_dir, key_file, tmp_path
+):
+    """Another engine on the same port, which the gateway finds by itself."""
+    doomed.child.wait(60)
+    bundle = shutil.copytree(tiny_bundle_dir, tmp_path / "bundle")
+    port = int(doomed.engine.rpartition(":")[2])
+    long = {"max_tokens": 300, "min_tokens": 300, "ignore_eos": True}
+    headers, url = {"x-request-id": "broken"}, doomed.gateway.url + TEXTS
+
+    def errors():
+        return [doomed.gateway.metric("guard_errors_total", stage=s, outcome="closed") for s in STAGES]
+
+    before = errors()
+    with (
+        engine(tiny_model, bundle, key_file, port, tmp_path / "engine.log") as child,
+        ThreadPoolExecutor(1) as aside,
+    ):
+        doomed.until(200)
+        left = [servers.descendant(child.pid, f"VLLM::{name}") for name in ("EngineCore", "Worker")]
+        body = {"model": "tiny", "prompt": safe, "stream": True} | long
+        with httpx.stream("POST", url, json=body, headers=headers, timeout=240) as stream:
+            assert stream.headers["x-guard-action"] == "pass"
+            parts = stream.iter_text()
+            begun = next(parts)
+            whole = aside.submit(doomed.ask, safe, "whole", **long)
+            wait_for(lambda: metric(doomed.engine, "vllm:num_requests_running") == 2)
+            child.kill()
+            frames = (begun + "".join(parts)).removesuffix("\n\n").split("\n\n")
+        assert "upstream_interrupted" in frames[-1]
+        assert len(frames) < 300
+        answer = whole.result(timeout=240)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (502, "engine_failed")
+        doomed.until(503)
+        answer = doomed.ask(safe, "without")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_not_ready")
+        wait_for(lambda: all(ended(pid) for pid in left))
+    assert doomed.gateway.metric("guard_bypass_total") == 0
+    lines = doomed.lines("broken", "whole", "without")
+    assert [line["status"] for line in lines] == [200, 502, 503]
+    assert [line["outcome"] for line in lines] == ["interrupted", "complete", "complete"]
+    assert [now - then for now, then in zip(errors(), before, strict=True)] == [1, 2]
+
+
+def ended(pid):
+    """Gone, or ended and not yet taken note of by its new parent."""
+    try:
+        return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True
+
+
+def wait_for(condition, seconds=60.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_every_request_of_all_these_tests_has_its_audit_lines(doomed):

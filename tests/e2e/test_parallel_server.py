@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import time
 
 import httpx
 import openai
@@ -21,6 +24,8 @@ from tests.engine import world
 from tests.guard import worlds
 
 RANKS = 2
+UNDER_WAY = 12
+"""Streams, and as many whole answers, when a rank is killed."""
 FLAGS = ("--data-parallel-size", str(RANKS), "--enable-lora", "--max-loras", "2", "--max-lora-rank", "8")
 
 
@@ -111,3 +116,62 @@ def test_actions_differ_under_the_adapter(expected):
     answers = [{tuple(p): bad for p, bad in expected[name]} for name in ("tiny", "tuned")]
     shared = answers[0].keys() & answers[1].keys()
     assert any(answers[0][prompt] != answers[1][prompt] for prompt in shared)
+
+
+def test_an_engine_core_that_is_killed_takes_its_server_along_and_nothing_is_answered_without_it(
+    parallel, expected
+):
+    """One of two ranks. The last test of this engine."""
+    prompts = sorted(expected["tiny"], key=lambda case: len(case[0]))
+    safe, unsafe = (next(p for p, bad in prompts if bad == wanted) for wanted in (False, True))
+    asyncio.run(killed_while_it_answers(parallel, safe))
+
+    def ask(prompt):
+        auth = {"authorization": f"Bearer {API_KEYS['message']}"}
+        body = {"model": "tiny", "prompt": prompt, "max_tokens": 4}
+        return httpx.post(f"{parallel.gateway}/v1/completions", json=body, headers=auth, timeout=90)
+
+    deadline = time.monotonic() + 60
+    while httpx.get(f"{parallel.gateway}/readyz", timeout=10).status_code == 200:
+        # The other rank may be faster than the news; then it refuses as ever.
+        answer = ask(unsafe)
+        assert answer.status_code in (502, 503, 504) or answer.headers["x-guard-action"] == "refuse"
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    answer = ask(safe)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_not_ready")
+    assert metric(parallel.gateway, "guard_upstream_up") == 0
+    assert metric(parallel.gateway, "guard_bypass_total") == 0
+
+
+async def killed_while_it_answers(parallel, safe):
+    """Streams and whole answers are under way on both ranks: each is an error or all there, none hangs."""
+    core = servers.descendant(servers.server_process(parallel.engine), "VLLM::EngineCore_DP1")
+    length = 500 - len(safe)
+    long = {"max_tokens": length, "extra_body": {"min_tokens": length, "ignore_eos": True}}
+    begun = asyncio.Event()
+    async with openai.AsyncOpenAI(
+        base_url=f"{parallel.gateway}/v1", api_key=API_KEYS["message"], max_retries=0, timeout=120
+    ) as client:
+
+        async def streamed():
+            reasons = []
+            async for part in await client.completions.create(model="tiny", prompt=safe, stream=True, **long):
+                reasons += [choice.finish_reason for choice in part.choices]
+                begun.set()
+            return reasons[-1]
+
+        async def whole():
+            answer = await client.completions.create(model="tiny", prompt=safe, **long)
+            return answer.choices[0].finish_reason
+
+        under_way = [asyncio.create_task(each()) for each in (streamed, whole) * UNDER_WAY]
+        await asyncio.wait_for(begun.wait(), 60)
+        os.kill(core, signal.SIGKILL)
+        ended = await asyncio.wait_for(asyncio.gather(*under_way, return_exceptions=True), 120)
+    assert all(each == "length" or isinstance(each, openai.APIError) for each in ended), ended
+    for kind in (ended[::2], ended[1::2]):
+        assert any(isinstance(each, openai.APIError) for each in kind)
+    assert {e.status_code for e in ended[1::2] if isinstance(e, openai.APIStatusError)} <= {502, 503}
+    cut = sum(isinstance(each, openai.APIError) for each in ended[::2])
+    assert metric(parallel.gateway, "guard_errors_total", stage="stream", outcome="closed") <= cut

@@ -202,3 +202,15 @@ class TestMonitor:
         answers = ask(llm, [grown[i][0] for i in order], params)
         for i, answer in zip(order, answers, strict=True):
             assert answer.tokens == (grown[i][1][:2] if i % 2 else grown[i][1])
+
+    @pytest.mark.parametrize(("patch", "cut"), [("quiet", 2), ("begun", 7)])
+    def test_patched_answers_are_watched_as_well(self, llm, grown, seal, patch, cut):
+        """Words that the answer was given to begin with count as one token: they are read together."""
+        rule = Rule(above=0.0, action="patch", patch=patch, still_unsafe="pass")
+        patched = Decision(policy="test", rules=(rule,))
+        watched = patched.model_copy(update={"monitor": Monitor(logit=-1e9, debounce=2)})
+        prompts = [prompt for prompt, _ in grown]
+        whole = ask(llm, prompts, sampling(seal(patched), max_tokens=20, ignore_eos=True))
+        cut_short = ask(llm, prompts, sampling(seal(watched), max_tokens=20, ignore_eos=True))
+        assert [a.verdict.action for a in cut_short] == ["patch"] * len(prompts)
+        assert [a.tokens for a in cut_short] == [a.tokens[:cut] for a in whole]

@@ -143,7 +143,8 @@ def crowd(count: int, seed: int) -> Schedule:
             Asked(
                 length=rng.choice((1, 16, 33, 64, LONGEST, *(rng.randint(2, 120) for _ in range(20)))),
                 shared=rng.choice((0, 0, 40, LONGEST)),
-                order=rng.choice(get_args(Order)),
+                # One order alone ends in a tag, the others in what two or more end in.
+                order=rng.choice((*get_args(Order), "tag", "check")),
                 score=rng.choice(("low", "low", "low", "high", "high", "high", "nan", "missing")),
                 max_tokens=rng.randint(1, 30),
                 arrives=arrives,

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 
-from guard.engine.config import CONFIG_KEY, EXTRA_ARG, KEY_FILE_ENV
+from guard.engine.config import CONFIG_KEY, ENTRIES_KEY, EXTRA_ARG, KEY_FILE_ENV
 from guard.engine.frontend import Exchanges, GuardMiddleware
 from guard.sealed import Keyring
 from guard.verdict import DIRECTIVE_HEADER, VERDICT_HEADER, Directive, Verdict
@@ -87,7 +88,8 @@ class Server:
             nonce=NONCE.get(request_id),
         )
         output = SimpleNamespace(
-            request_id=request_id, kv_transfer_params={CONFIG_KEY: verdict.model_dump_json()}
+            request_id=request_id,
+            kv_transfer_params={CONFIG_KEY: verdict.model_dump_json(), ENTRIES_KEY: 3},
         )
         (seen,) = self.processor.process_outputs([output])
         assert seen.kv_transfer_params is None, "the verdict must not travel on to clients"
@@ -258,3 +260,21 @@ async def test_status_before_the_server_has_started():
     call.scope["path"] = "/guard/status"
     await call.run()
     assert call.status == 503
+
+
+async def test_what_is_held_for_requests_is_counted_and_gone_afterwards():
+    server = Server(["pass"])
+    call = Call(server)
+    held: list[int] = []
+    answer = server.answer
+
+    async def watched(send: Any) -> None:
+        held.append(len(server.exchanges))
+        await answer(send)
+        held.append(len(server.exchanges))
+
+    server.answer = watched
+    await call.run()
+    assert held == [0, 1]
+    assert len(server.exchanges) == 0
+    assert REGISTRY.get_sample_value("guard_engine_ledger_entries") == 3

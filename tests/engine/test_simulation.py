@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import random
+import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import permutations
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, event, given, settings
 
 from guard.patch import prefix, stored
@@ -194,7 +200,7 @@ def test_no_verdict_and_no_token_of_ten_thousand_requests_is_anothers(simulated:
         preempted += len(engine.preempted)
         actions.update(asked.action for asked in schedule.asked)
     assert set(actions) == {*ANSWERED, "refuse", "checked", "error"}
-    assert min(actions.values()) > 20
+    assert min(actions.values()) > 30
     assert preempted > 20
     assert sum(count for moment, count in seen.items() if moment.startswith("aborted")) > 20
 
@@ -240,24 +246,68 @@ def test_copies_of_a_prompt_share_blocks_with_those_under_the_same_patch_alone(
         assert taken[str(number)] == [first, *second]
 
 
-def test_nobody_can_name_the_salt_under_which_patched_blocks_are_kept(simulated: Any) -> None:
-    """Clients of vLLM itself choose salts; the bundle's digest and the patch's name are no secrets."""
+def test_every_verdict_says_how_many_requests_the_ledger_holds_and_the_last_says_none(simulated: Any) -> None:
+    from guard.engine.config import ENTRIES_KEY
     from tests.engine.schedulers import Mode
     from tests.engine.simulation import Engine
 
+    engine = Engine(simulated, Mode())
+    engine.self_test()
+    for number in range(3):
+        asked = Asked(length=40, max_tokens=2 + number)
+        engine.add(str(number), asked.prompt(number), asked, number, -9.0)
+    engine.finish()
+    outputs = [output for number in range(3) for output in engine.answers[str(number)].outputs]
+    said = [(output.kv_transfer_params or {}).get(ENTRIES_KEY) for output in outputs]
+    assert [entries for entries in said if entries is not None] == [3, 2, 2, 1, 2, 0]
+
+
+def patched_salt(simulated: Any) -> tuple[Any, str]:
+    """An engine that was just started, and the salt of a run that it has patched."""
+    from tests.engine.schedulers import Mode
+    from tests.engine.simulation import Engine
+
+    engine, asked = Engine(simulated, Mode()), Asked(length=200, order="patch", score="high")
+    engine.self_test()
+    engine.add("patched", asked.prompt(1), asked, 1, 9.0)
+    patched = engine.scheduler.requests["patched"]
+    engine.finish()
+    return engine, patched.cache_salt
+
+
+def test_nobody_can_name_the_salt_under_which_patched_blocks_are_kept(simulated: Any) -> None:
+    """Clients of vLLM itself choose salts; the bundle's digest and the patch's name are no secrets."""
     asked, found, salts = Asked(length=200, order="patch", score="high"), [], ["foreign"]
     for _ in range(2):
-        engine = Engine(simulated, Mode())
-        engine.self_test()
-        engine.add("patched", asked.prompt(1), asked, 1, 9.0)
-        patched = engine.scheduler.requests["patched"]
-        engine.finish()
-        salts.append(patched.cache_salt)
+        engine, salt = patched_salt(simulated)
+        salts.append(salt)
         for salt in salts[-2:]:
             request = simulated.request("other", asked.prompt(1), Asked(length=200), salt=salt)
             found.append(engine.scheduler.kv_cache_manager.get_computed_blocks(request)[1])
     # The patched run's own salt finds its blocks, that of the same run in another start does not.
     assert found == [0, 192, 0, 192]
+
+
+def test_the_salt_of_patched_blocks_follows_from_nothing_that_can_be_known(
+    simulated: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither from when and where the engine was started, nor from seeds, which vLLM sets for all of them.
+
+    128 bits are drawn anew for every start: no hexadecimal digit has few values in two dozen of them.
+    """
+    salts = []
+    for _ in range(24):
+        with monkeypatch.context() as patch:
+            for clock in ("time", "time_ns", "monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns"):
+                patch.setattr(time, clock, lambda clock=clock: 10**9 if clock.endswith("_ns") else 1e9)
+            patch.setattr(os, "getpid", lambda: 1)
+            patch.setattr(uuid, "getnode", lambda: 1)
+            random.seed(0)
+            np.random.seed(0)
+            torch.manual_seed(0)
+            salts.append(patched_salt(simulated)[1])
+    values = [len(set(column)) for column in zip(*salts, strict=True)]
+    assert sum(value >= 6 for value in values) >= 30
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -6,6 +6,7 @@ A target takes bytes and raises only when one of its promises is broken.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,6 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from guard.monitor import STOPPED, MonitorThreshold, Stop
 from guard.sealed import Keyring, SealError
 from guard.verdict import (
     Decision,
@@ -70,10 +72,12 @@ STATUS = EngineStatus(
     bundle="b" * 64,
     label="unsafe_output",
     thresholds=(Threshold(false_positive_rate=0.01, probability=0.5, logit=0.0, benign=9, upper95=0.3),),
+    monitor=(MonitorThreshold(false_positive_rate=0.01, debounce=4, logit=2.5, answers=9, upper95=0.3),),
     default=DECISION,
     guard_version="0",
     vllm_version="0",
 )
+STOP = Stop(nonce="n" * 24, tokens=3, logit=2.5)
 SEALED_STATUS = STATUS.seal(STATUS.model_dump_json().encode(), KEYS)
 _FOLDER = Path(tempfile.mkdtemp(prefix="neuronguard-fuzz-"))
 
@@ -184,6 +188,23 @@ def sealed_verdict(data: bytes) -> None:
         assert found.action == DECISION.decide(found.probability)
 
 
+def stop_reason(data: bytes) -> None:
+    """No text but the one that the engine has sealed for this request says that an answer was stopped."""
+    text = data.decode("latin-1")
+    found = Stop.of_reason(text, KEYS, nonce="n" * 24)
+    assert (found == STOP) == (text == STOP.reason(KEYS))
+    assert found in (None, STOP)
+
+
+def sealed_stop(data: bytes) -> None:
+    """Whatever a holder of the key has sealed is a stop of this request, or none."""
+    found = Stop.of_reason(f"{STOPPED}:{KEYS.seal('stop', data)}", KEYS, nonce="n" * 24)
+    if found is not None:
+        assert found.nonce == "n" * 24
+        assert found.tokens >= 1
+        assert math.isfinite(found.logit)
+
+
 def status(data: bytes) -> None:
     """A status is believed if it is the one that was sealed."""
     with suppress(SealError, ValidationError):
@@ -208,6 +229,7 @@ def policies(data: bytes) -> None:
     with suppress(PolicyError):
         for name, bound in bind(found, STATUS).items():
             assert bound.decision.mode == found.policies[name].mode
+            assert (bound.decision.monitor is None) == (found.policies[name].monitor is None)
             above = [rule.above for rule in bound.decision.rules]
             assert above == sorted(set(above), reverse=True) or found.policies[name].rules is None
 
@@ -230,6 +252,8 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
         sealed_directive,
         verdict,
         sealed_verdict,
+        stop_reason,
+        sealed_stop,
         status,
         policies,
         settings,

@@ -11,8 +11,9 @@ import pytest
 from guard.bundle import Calibration, Site
 from guard.calibrate import fit_platt
 from guard.data import Prompt
-from guard.fit_probes import Fitted, Fitting, Role, fit_probes
+from guard.fit_probes import fit_probes
 from guard.fit_settings import FitError, FitSettings
+from guard.fitting import Fitted, Fitting, Role
 from guard.observe import Observations
 from guard.sites import ModelShape
 from guard.stats import auroc

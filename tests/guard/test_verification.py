@@ -26,6 +26,7 @@ NAMES = [
     "contents",
     "digest",
     "thresholds",
+    "monitor",
     "data",
     "units",
     "self-test",
@@ -84,8 +85,12 @@ def verified(directory: Path, *more: object) -> tuple[Result, dict[str, str], di
 def test_a_sound_bundle_passes_and_says_what_was_not_asked_for(directory: Path) -> None:
     result, outcomes, _ = verified(directory)
     assert result.exit_code == 0
-    assert {name for name, outcome in outcomes.items() if outcome != "passed"} == {"model", "signature"}
-    assert outcomes["model"] == outcomes["signature"] == "skipped"
+    assert {name for name, outcome in outcomes.items() if outcome != "passed"} == {
+        "model",
+        "monitor",
+        "signature",
+    }
+    assert outcomes["model"] == outcomes["monitor"] == outcomes["signature"] == "skipped"
     lines = run("verify", directory).output.splitlines()
     assert [line.split()[1] for line in lines] == NAMES
 

@@ -15,7 +15,7 @@ GRID = json.loads((scaling.RESULTS / "grid.json").read_text("utf-8"))["models"]
 
 def test_page_holds_what_the_code_computes() -> None:
     text = scaling.PAGE.read_text("utf-8")
-    assert scaling.render(text) == text
+    assert scaling.render(text) == text, "write it anew with: python -m loadtests.scaling"
     assert scaling.BLOCK.findall(text) == ["memory", "wire", "times", "projection"]
 
 

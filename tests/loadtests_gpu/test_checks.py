@@ -11,7 +11,7 @@ import pytest
 
 from guard.engine import taps as engine_taps
 from guard.engine.buffers import PendingScores, ScoreBuffers
-from loadtests.gpu import operation, taps
+from loadtests.gpu import operation, taps, weighing
 from loadtests.gpu.recorder import Recorder, read
 from loadtests.gpu.suite import run as run_suite
 
@@ -66,6 +66,17 @@ def test_operation_that_writes_beyond_its_columns_fails(tmp_path, monkeypatch):
     )
     failures, _ = recorded(operation.indexing, tmp_path)
     assert failures
+
+
+def test_weighing_in_a_short_dtype_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(weighing, "TOKENS", (7, 64))
+    failures, numbers = recorded(weighing.products, tmp_path)
+    assert not failures
+    assert 0 < numbers["largest difference"] < weighing.TOLERANCE
+    right = weighing.weigh
+    monkeypatch.setattr(weighing, "weigh", lambda x, c, w, out: right(x, c, w.bfloat16().float(), out))
+    failures, _ = recorded(weighing.products, tmp_path)
+    assert any(failure.startswith("off by") for failure in failures)
 
 
 def test_taps_on_the_row_before_fail(tmp_path, monkeypatch):

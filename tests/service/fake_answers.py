@@ -47,6 +47,15 @@ def stream_of(body: dict[str, Any], ends: Sequence[End]) -> list[bytes]:
     return [*turns, *usage, b"data: [DONE]\n\n"]
 
 
+def together(frames: list[bytes]) -> list[bytes]:
+    """The same stream with two frames in one, which vLLM does not do and the API allows."""
+    *parts, done = frames
+    values = [json.loads(part.removeprefix(b"data: ")) for part in parts]
+    pairs = [values[i : i + 2] for i in range(0, len(values), 2)]
+    merged = [pair[0] | {"choices": [choice for v in pair for choice in v["choices"]]} for pair in pairs]
+    return [*map(frame, merged), done]
+
+
 def _frames(body: dict[str, Any], index: int, end: End) -> list[bytes]:
     said, last = TOKENS[: end.tokens - 1], TOKENS[end.tokens - 1]
     if "messages" not in body:

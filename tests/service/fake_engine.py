@@ -101,10 +101,10 @@ class FakeEngine:
         self.media_type: bytes | None = None
         self.before_headers = 0.0
         self.score: float | None = None
-        self.stops_after: int | None = None
-        """Tokens after which the monitor stops choices, where a directive orders one and enforces."""
-        self.stops: tuple[int, ...] | None = None
-        """Indices of the choices that it stops; None: all."""
+        self.stops_after: dict[int, int] = {}
+        """After how many tokens the monitor stops which choice, where a directive enforces one."""
+        self.rewrite: Callable[[list[bytes]], list[bytes]] = lambda frames: frames
+        """What becomes of the frames of a stream."""
         self.stop_reason: str | None = None
         """Of choices that end by themselves, as a client's own stop string would be."""
 
@@ -198,14 +198,14 @@ class FakeEngine:
     def _ends(self, body: dict[str, Any], directive: Directive) -> list[End]:
         watched = directive.decision.monitor is not None and directive.decision.mode == "enforce"
         return [
-            self._stopped(directive, self.stops_after)
-            if watched and self.stops_after is not None and (self.stops is None or index in self.stops)
+            self._stopped(directive, self.stops_after[index])
+            if watched and index in self.stops_after
             else End(stop_reason=self.stop_reason)
             for index in range(body.get("n") or 1)
         ]
 
     def _stopped(self, directive: Directive, tokens: int) -> End:
-        stop = Stop(nonce=directive.nonce, tokens=tokens, logit=2.5)
+        stop = Stop(nonce=directive.nonce, tokens=tokens, logit=2.5 + tokens)
         return End(tokens, stop.reason(self.keys))
 
     async def _send_stream(
@@ -216,7 +216,7 @@ class FakeEngine:
         await send(
             {"type": "http.response.start", "status": 200, "headers": [(b"content-type", media_type), *extra]}
         )
-        for part in self.stream if self.stream is not None else stream_of(body, ends):
+        for part in self.stream if self.stream is not None else self.rewrite(stream_of(body, ends)):
             if isinstance(part, threading.Event):
                 await asyncio.to_thread(part.wait, 20)
             elif isinstance(part, float):

@@ -26,6 +26,8 @@ NAMES = {
     "guard_unscored_shape",
     "guard_errors",
     "guard_inflight_requests",
+    "guard_upstream_outstanding_requests",
+    "guard_asyncio_tasks",
     "guard_upstream_up",
     "guard_bundle_info",
     "guard_inflight_requests_limit",

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from guard.monitor import Monitor
-from service.policy import PolicyError
+from service.policy import PolicyError, judged_safe
 from service.policy_file import bind
 from tests.service.answers import CHATS, assert_unanswered
 from tests.service.fake_engine import CHAT, FakeEngine, a_monitor, a_status
@@ -31,6 +31,11 @@ def test_rate_and_debounce_name_one_threshold_of_the_bundle(rules: str, tmp_path
     assert bound.decision.monitor == Monitor(logit=WATCHING.monitor[2].logit, debounce=4)
     assert bound.policy.monitor is not None
     assert bound.policy.monitor.text == "keep"
+
+
+def test_what_a_judge_finds_safe_is_watched_all_the_same(tmp_path: Path) -> None:
+    decision = bind(load(tmp_path, WATCHES), WATCHING)["default"].decision
+    assert judged_safe(decision).monitor == decision.monitor
 
 
 @pytest.mark.parametrize(

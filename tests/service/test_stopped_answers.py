@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from guard.monitor import STOPPED, Stop
 from guard.sealed import Keyring
 from tests.service.answers import CHATS, TEXT, TEXTS, error_of
-from tests.service.fake_answers import SECRET, TOKENS, End, stream_of, whole
+from tests.service.fake_answers import SECRET, TOKENS, End, stream_of, together, whole
 from tests.service.fake_engine import CHAT, MODEL, FakeEngine, a_monitor, a_status
 from tests.service.world import World, world
 
@@ -34,10 +34,10 @@ class Word(BaseModel):
 async def watched(
     folder: Path, style: str = "message", text: str = "keep", more: str = "", **changes: Any
 ) -> AsyncIterator[World]:
-    """A gateway whose policy watches answers, before an engine that stops them after their first token."""
+    """A gateway whose policy watches answers, before an engine that stops the first two at once."""
     engine = FakeEngine()
     engine.status = a_status(monitor=a_monitor((0.01, 4)))
-    engine.stops_after = 1
+    engine.stops_after = {0: 1, 1: 1}
     refusal = f"refusal: {{style: {style}, text: '{SORRY}'}}"
     policy = f"policies: {{default: {{{more}monitor: {{fpr: 0.01, debounce: 4, text: {text}}}, {refusal}}}}}"
     async with world(folder, policy, engine=engine, **changes) as w:
@@ -182,7 +182,7 @@ async def test_of_several_choices_only_the_stopped_one_differs(
     body = (CHAT if path == CHATS else TEXT) | {"n": 3}
     ends = [End(), End(1), End()]
     async with watched(tmp_path, style, text) as w:
-        w.engine.stops = (1,)
+        w.engine.stops_after = {1: 1}
         answer = (await w.client.post(path, json=body)).json()
         plain = whole(body, ends)
         for index in (0, 2):
@@ -199,6 +199,20 @@ async def test_of_several_choices_only_the_stopped_one_differs(
         assert mine[-1]["finish_reason"] == REASONS[style]
         for shown in (answer["choices"][1], mine):
             assert (TOKENS[0] in json.dumps(shown)) == (text == "keep")
+
+
+@pytest.mark.parametrize("text", ["keep", "withdraw"])
+async def test_choices_that_share_a_frame_are_told_apart(text: str, tmp_path: Path) -> None:
+    async with watched(tmp_path, "content_filter", text) as w:
+        w.engine.stops_after, w.engine.rewrite = {1: 1}, together
+        frames = chunks_of((await w.client.post(CHATS, json=CHAT | {"stream": True, "n": 2})).text)
+        said, refused, ended = ["", ""], ["", ""], ["", ""]
+        for choice in (choice for frame in frames for choice in frame["choices"]):
+            said[choice["index"]] += choice["delta"].get("content") or ""
+            refused[choice["index"]] += choice["delta"].get("refusal") or ""
+            ended[choice["index"]] += choice["finish_reason"] or ""
+        assert said == [SECRET, TOKENS[0] if text == "keep" else ""]
+        assert (refused, ended) == (["", SORRY], ["stop", "content_filter"])
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -236,7 +250,7 @@ async def test_a_clients_own_stop_string_stops_nothing(
     """What a client has matched as its stop string comes back as it is, even a seal it has got hold of."""
     body = (CHAT if path == CHATS else TEXT) | {"stream": stream}
     async with watched(tmp_path, "content_filter", text) as w:
-        w.engine.stops_after = None
+        w.engine.stops_after = {}
         keys = w.engine.keys
         await w.client.post(path, json=body)
         earlier = w.engine.seen[0].directive.nonce
@@ -263,7 +277,7 @@ async def test_a_clients_own_stop_string_stops_nothing(
 @pytest.mark.parametrize("text", ["keep", "withdraw"])
 async def test_what_was_not_stopped_is_the_engines_bytes(text: str, stream: bool, tmp_path: Path) -> None:
     async with watched(tmp_path, "content_filter", text) as w:
-        w.engine.stops_after = None
+        w.engine.stops_after = {}
         body = CHAT | ({"n": 2} | STREAM if stream else {"n": 2})
         raw = await w.client.post(CHATS, json=body)
         ends = [End(), End()]

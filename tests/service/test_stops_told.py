@@ -38,7 +38,7 @@ async def test_the_last_line_says_how_many_and_after_how_many_tokens(
     text: str, stream: bool, tmp_path: Path, lines: Any
 ) -> None:
     async with watched(tmp_path, "message", text) as w:
-        w.engine.stops = (0, 2)
+        w.engine.stops_after = {0: 2, 2: 1}
         await w.client.post(CHATS, json=CHAT | {"n": 3, "stream": stream})
     first, last = lines()
     assert (first["action"], first["verdict"], last["event"]) == ("pass", "pass", "end")
@@ -48,8 +48,9 @@ async def test_the_last_line_says_how_many_and_after_how_many_tokens(
 
 async def test_the_logit_is_written_only_if_allowed(tmp_path: Path, lines: Any) -> None:
     async with watched(tmp_path, audit_scores=True) as w:
-        await w.client.post(CHATS, json=CHAT)
-    assert told(lines()[1]) == (1, 1, 2.5)
+        w.engine.stops_after = {0: 2, 1: 1}
+        await w.client.post(CHATS, json=CHAT | {"n": 2})
+    assert told(lines()[1]) == (2, 1, 4.5)
 
 
 @pytest.mark.parametrize(("more", "stopped"), [("", 0), ("mode: observe, ", None)])
@@ -57,7 +58,7 @@ async def test_watched_and_not_stopped_differs_from_not_watched(
     more: str, stopped: int | None, tmp_path: Path, lines: Any
 ) -> None:
     async with watched(tmp_path, more=more) as w:
-        w.engine.stops_after = None
+        w.engine.stops_after = {}
         await w.client.post(CHATS, json=CHAT)
     assert told(lines()[1]) == (stopped, None, None)
 
@@ -87,10 +88,10 @@ async def test_every_stopped_choice_counts_once(text: str, stream: bool, tmp_pat
         assert (counted(w, "azure", text), w.metric(f"{TOKENS_TO_STOP}_count", model=MODEL)) == (0, 0)
         samples = [s for m in w.registry.collect() for s in m.samples if s.name == COUNTER]
         assert len(samples) == 1  # it was there, so that the first stop is an increase
-        w.engine.stops = (0, 2)
+        w.engine.stops_after = {0: 2, 2: 1}
         await w.client.post(CHATS, json=CHAT | {"n": 3, "stream": stream})
         assert counted(w, "azure", text) == 2
-        assert w.metric(f"{TOKENS_TO_STOP}_sum", model=MODEL) == 2
-        assert w.metric(f"{TOKENS_TO_STOP}_bucket", model=MODEL, le="1.0") == 2
+        assert w.metric(f"{TOKENS_TO_STOP}_sum", model=MODEL) == 3
+        assert w.metric(f"{TOKENS_TO_STOP}_bucket", model=MODEL, le="1.0") == 1
         common = {"policy": "default", "model": MODEL, "verdict": "pass", "action": "pass"}
         assert w.metric("guard_requests_total", mode="enforce", stream=str(stream).lower(), **common) == 1

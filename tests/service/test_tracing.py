@@ -12,6 +12,7 @@ from service.app import create_app
 from service.errors import ConfigError
 from tests.service.answers import CHATS
 from tests.service.fake_engine import BAD_CHAT, CHAT, HARMFUL, MODEL, SECRET, FakeEngine
+from tests.service.test_audit import CANARY, KEY, one_of_each
 from tests.service.world import serving, settings_for, world
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -92,6 +93,23 @@ async def test_a_request_and_its_verdict_are_spans_of_the_clients_trace(
     everything = b"".join(kept.raw)
     assert HARMFUL.encode() not in everything
     assert SECRET.encode() not in everything
+
+
+async def test_no_prompt_answer_or_key_is_in_any_span(
+    collector: tuple[Collector, str], tmp_path: Path
+) -> None:
+    kept, url = collector
+    async with world(tmp_path, otlp_endpoint=url) as w:
+        await one_of_each(w)
+    statuses = {
+        attributes(span)["http.response.status_code"]
+        for each in kept.spans.values()
+        for span in each
+        if "http.response.status_code" in attributes(span)
+    }
+    assert statuses >= {200, 400, 404, 502, 503}
+    for text in (CANARY, KEY, SECRET):
+        assert text.encode() not in b"".join(kept.raw)
 
 
 async def test_failures_are_in_the_trace(collector: tuple[Collector, str], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from guard.figures import Scored, ranking
-from guard.fit_probes import Role
+from guard.fitting import Role
 from guard.groups import requests
 from guard.observe import Observations
 from guard.probe import BoolArray, fit_probe

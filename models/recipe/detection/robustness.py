@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from guard.calibrate import cut
-from guard.fit_probes import Fitting, Role, fit_probes
+from guard.fit_probes import fit_probes
+from guard.fitting import Fitting, Role
 from guard.groups import requests
 from guard.prompts import encode
 from guard.protocol_baselines import Train, naive_bayes, words

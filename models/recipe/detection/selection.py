@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from guard.figures import Scored, ranking
-from guard.fit_probes import Role
+from guard.fitting import Role
 from guard.leave_out import choose_strength
 from guard.paired import differences
 from guard.probe import BoolArray, fit_probe

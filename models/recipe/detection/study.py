@@ -17,8 +17,8 @@ from guard.checkpoint import Checkpoint
 from guard.data import Dataset, Prompt, load
 from guard.fit import fit_bundle
 from guard.fit_plan import prepare
-from guard.fit_probes import Role
 from guard.fit_settings import FitSettings
+from guard.fitting import Role
 from guard.lab import materialise
 from guard.locate.results import versions
 from guard.observe import Subject

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from guard.figures import Scored, ranking
-from guard.fit_probes import Fitting, fit_probes
+from guard.fit_probes import fit_probes
+from guard.fitting import Fitting
 from guard.groups import requests
 from guard.protocol_baselines import Train, naive_bayes, words
 from guard.resample import requests_of

@@ -15,19 +15,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from guard.locate.errors import LocateError
 from guard.locate.unit_set import Component
-from guard.sites import ModelShape, SiteKind, module_name, shape_of
+from guard.sites import ModelShape, NoSuchSiteError, SiteKind, module_name, shape_of
+from guard.tune.errors import TuneError
 
 ChosenUnits = Mapping[Component, Mapping[int, Sequence[int]]]
 """Units by component and layer, as ``UnitSet.units()`` gives them."""
-_ROWS, _COLUMNS = 0, 1
+ROWS, COLUMNS = 0, 1
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
+    """Rows or columns of one weight."""
+
     module: str
     dim: int
     places: list[int]
+    """Ascending."""
 
 
 class _Slices(nn.Module):
@@ -53,24 +56,23 @@ def training_units(model: Any, units: ChosenUnits, *, gate: bool = False) -> Ite
     ``value``: row of that projection. ``attention``: rows of q_proj and columns of o_proj of the head, and
     the key and value rows it shares with its group. ``channel``: column of o_proj and the value row behind
     it. Biases are not trained. Behind the block the model's own weights hold what was learnt.
-    Raises LocateError.
+    Raises TuneError.
     """
-    parts = _parts(model, units, gate)
-    with _sliced(model, parts) as slices:
+    with _sliced(model, parts_of(model, units, gate=gate)) as slices:
         yield slices
 
 
 @contextmanager
 def freezing_units(model: Any, units: ChosenUnits, *, gate: bool = True) -> Iterator[list[nn.Parameter]]:
-    """The reverse: give every parameter of the model but the weights of ``units``. Raises LocateError."""
+    """The reverse: give every parameter of the model but the weights of ``units``. Raises TuneError."""
     parts = []
-    for module, dim, index in _parts(model, units, gate):
+    for module, dim, index in parts_of(model, units, gate=gate):
         taken = set(index)
         size = model.get_submodule(module).weight.shape[dim]
-        parts.append(_Part(module, dim, [i for i in range(size) if i not in taken]))
+        parts.append(Part(module, dim, [i for i in range(size) if i not in taken]))
     sliced = {f"{part.module}.weight" for part in parts}
     # Biases of frozen rows would move their outputs; they stay as they are.
-    sliced |= {f"{part.module}.bias" for part in parts if part.dim == _ROWS}
+    sliced |= {f"{part.module}.bias" for part in parts if part.dim == ROWS}
     others = [parameter for name, parameter in model.named_parameters() if name not in sliced]
     with _sliced(model, parts) as slices:
         for parameter in others:
@@ -79,7 +81,7 @@ def freezing_units(model: Any, units: ChosenUnits, *, gate: bool = True) -> Iter
 
 
 @contextmanager
-def _sliced(model: Any, parts: Sequence[_Part]) -> Iterator[list[nn.Parameter]]:
+def _sliced(model: Any, parts: Sequence[Part]) -> Iterator[list[nn.Parameter]]:
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
     made: list[tuple[Any, _Slices]] = []
@@ -102,27 +104,32 @@ def _sliced(model: Any, parts: Sequence[_Part]) -> Iterator[list[nn.Parameter]]:
             parameter.grad = None
 
 
-def _parts(model: Any, units: ChosenUnits, gate: bool) -> list[_Part]:
-    """Rows and columns of the weights that the units are made of, each weight once, ascending."""
+def parts_of(model: Any, units: ChosenUnits, *, gate: bool) -> list[Part]:
+    """Rows and columns of the weights that the units are made of, each weight once. Raises TuneError."""
     shape = shape_of(model.config)
     groups = getattr(model.config, "num_key_value_heads", None) or shape.heads
     found: dict[tuple[str, int], set[int]] = {}
     for component, by_layer in units.items():
         for layer, chosen in by_layer.items():
             kind: SiteKind = "mlp" if component == "mlp" else "attention"
+            try:
+                shape.check(kind, layer)
+            except NoSuchSiteError as error:
+                raise TuneError(str(error)) from error
             block = module_name(shape.architecture, kind, layer).rpartition(".")[0]
             for name, dim, index in _weights(shape, groups, component, list(chosen), gate):
                 found.setdefault((f"{block}.{name}", dim), set()).update(index)
-    parts = [_Part(name, dim, sorted(index)) for (name, dim), index in found.items() if index]
+    parts = [Part(name, dim, sorted(index)) for (name, dim), index in found.items() if index]
     if not parts:
-        raise LocateError("there is no unit to train; expected at least one")
+        raise TuneError("there is no unit; expected at least one")
     for name, dim, index in parts:
         try:
             size = model.get_submodule(name).weight.shape[dim]
         except AttributeError as error:
-            raise LocateError(f"there is no {name} whose weight could be trained in part: {error}") from error
+            raise TuneError(f"there is no {name} whose weight could be trained in part: {error}") from error
         if index[0] < 0 or index[-1] >= size:
-            raise LocateError(f"{name} has {size} {'rows' if dim == _ROWS else 'columns'}; got {index}")
+            what = "rows" if dim == ROWS else "columns"
+            raise TuneError(f"{name} has {size} {what}; got {index[0]} to {index[-1]}")
     return parts
 
 
@@ -131,19 +138,19 @@ def _weights(
 ) -> list[tuple[str, int, list[int]]]:
     if component == "mlp":
         rows = ["up_proj", "gate_proj"] if gate else ["up_proj"]
-        return [*((name, _ROWS, units) for name in rows), ("down_proj", _COLUMNS, units)]
+        return [*((name, ROWS, units) for name in rows), ("down_proj", COLUMNS, units)]
     if component == "attention":
         columns = shape.columns("attention", tuple(units))
         shared = _shared_rows(shape, groups, columns)
         return [
-            ("q_proj", _ROWS, columns),
-            ("k_proj", _ROWS, shared),
-            ("v_proj", _ROWS, shared),
-            ("o_proj", _COLUMNS, columns),
+            ("q_proj", ROWS, columns),
+            ("k_proj", ROWS, shared),
+            ("v_proj", ROWS, shared),
+            ("o_proj", COLUMNS, columns),
         ]
     if component == "channel":
-        return [("v_proj", _ROWS, _shared_rows(shape, groups, units)), ("o_proj", _COLUMNS, units)]
-    return [(f"{component[0]}_proj", _ROWS, units)]
+        return [("v_proj", ROWS, _shared_rows(shape, groups, units)), ("o_proj", COLUMNS, units)]
+    return [(f"{component[0]}_proj", ROWS, units)]
 
 
 def _shared_rows(shape: ModelShape, groups: int, columns: list[int]) -> list[int]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from guard.locate.errors import LocateError
-from guard.locate.partial_training import freezing_units, training_units
+from guard.tune.errors import TuneError
+from guard.tune.slices import freezing_units, training_units
 from tests.locate import importance_toys as toys
 
 UNITS: dict[Any, Any] = {
@@ -98,14 +98,15 @@ def test_what_was_learnt_is_in_the_model_behind_the_block() -> None:
 
 
 def test_a_head_brings_the_keys_and_values_of_its_group() -> None:
+    # Head 2 of 4, on 2 key heads: group 1 is 2 // 2, and not 2 % 2.
     model = toys.model()
     before = weights(model)
-    with training_units(model, {"attention": {0: [3]}}) as parameters:
+    with training_units(model, {"attention": {0: [2]}}) as parameters:
         train(model, parameters, 0.0)
     changed = {name: value != before[name] for name, value in weights(model).items()}
     here = "model.layers.0.self_attn."
-    assert changed[f"{here}q_proj.weight"].any(1).nonzero().flatten().tolist() == list(range(18, 24))
-    assert changed[f"{here}o_proj.weight"].any(0).nonzero().flatten().tolist() == list(range(18, 24))
+    assert changed[f"{here}q_proj.weight"].any(1).nonzero().flatten().tolist() == list(range(12, 18))
+    assert changed[f"{here}o_proj.weight"].any(0).nonzero().flatten().tolist() == list(range(12, 18))
     for name in ("k_proj", "v_proj"):
         assert changed[f"{here}{name}.weight"].any(1).nonzero().flatten().tolist() == list(range(6, 12))
 
@@ -113,11 +114,11 @@ def test_a_head_brings_the_keys_and_values_of_its_group() -> None:
 def test_a_channel_brings_its_value_row() -> None:
     model = toys.model()
     before = weights(model)
-    with training_units(model, {"channel": {1: [20]}}) as parameters:
+    with training_units(model, {"channel": {1: [14]}}) as parameters:
         train(model, parameters, 0.0)
     changed = {name: value != before[name] for name, value in weights(model).items()}
     assert changed["model.layers.1.self_attn.v_proj.weight"].any(1).nonzero().flatten().tolist() == [8]
-    assert changed["model.layers.1.self_attn.o_proj.weight"].any(0).nonzero().flatten().tolist() == [20]
+    assert changed["model.layers.1.self_attn.o_proj.weight"].any(0).nonzero().flatten().tolist() == [14]
 
 
 def test_an_error_in_the_block_leaves_an_ordinary_model() -> None:
@@ -137,5 +138,5 @@ def test_an_error_in_the_block_leaves_an_ordinary_model() -> None:
     ],
 )
 def test_units_that_do_not_exist_are_refused(units: Any, message: str) -> None:
-    with pytest.raises(LocateError, match=message), training_units(toys.model(), units):
+    with pytest.raises(TuneError, match=message), training_units(toys.model(), units):
         pass

@@ -1,0 +1,1 @@
+"""``docs/results/speed.md``: the guard beside its alternatives, and under load."""

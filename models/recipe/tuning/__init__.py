@@ -1,0 +1,1 @@
+"""What tuning by units does to the lab models: `make tune-results`."""

@@ -1,0 +1,68 @@
+"""What is shipped of the study of tuning: figures, the report of them, a picture; no prompt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.recipe.tuning import figures, report
+from models.recipe.tuning.cells import CONTROLLED, cells
+from models.recipe.tuning.material import ALIGNED, SFT
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+
+
+@pytest.fixture(scope="module")
+def document() -> Any:
+    return json.loads((RESULTS / "tune.json").read_text("utf-8"))
+
+
+def test_the_report_is_that_of_the_figures_beside_it(document: Any) -> None:
+    assert report.markdown(document) == (RESULTS / "tune.md").read_text("utf-8")
+
+
+def test_the_picture_is_drawn_from_the_figures_and_the_report_shows_it(document: Any, tmp_path: Path) -> None:
+    figures.draw(document, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [figures.PICTURE[0]]
+    assert f"(../images/{figures.PICTURE[0]})" in (RESULTS / "tune.md").read_text("utf-8")
+    assert (RESULTS.parent / "images" / figures.PICTURE[0]).is_file()
+
+
+def test_results_hold_figures_and_no_prompt(document: Any) -> None:
+    def texts(value: Any) -> Iterator[str]:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict | list):
+            for each in value.values() if isinstance(value, dict) else value:
+                yield from texts(each)
+
+    assert max(map(len, texts(document))) < 100
+    assert document["prompts"]["harmful"]["prompts"] >= 200
+
+
+def test_every_cell_was_measured_and_every_set_of_few_units_has_its_controls(document: Any) -> None:
+    planned = cells(document["size"]["draws"])
+    assert document["models"].keys() == {SFT, ALIGNED, *(cell.name for cell in planned)}
+    assert document["controls"].keys() == set(CONTROLLED)
+    assert document["size"]["draws"] >= 3
+
+
+def test_a_cell_starts_from_a_model_that_is_there_before_it() -> None:
+    there = {SFT, ALIGNED}
+    for cell in cells(2):
+        assert cell.start in there
+        there.add(cell.name)
+
+
+def test_what_the_report_says_of_a_claim_is_what_its_interval_says(document: Any) -> None:
+    for each in document["claims"]:
+        rates = [document["models"][each[key]]["unsafe"]["rate"] for key in ("from", "to")]
+        assert each["difference"]["mean"] == pytest.approx(rates[0] - rates[1])
+        if each["verdict"] == "as there":
+            assert each["difference"]["low"] > 0
+        elif each["verdict"] == "the other way":
+            assert each["difference"]["high"] < 0
