@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,10 @@ class SequenceError(ValueError):
 class TokenActivations:
     """Activations at every token of ``n`` prompts, on disk, in the order of the prompts."""
 
-    def __init__(self, parts: Sequence[Float32Array], lengths: Sequence[int], held: object = None) -> None:
-        """``parts`` hold whole prompts, one after the other; ``held`` is kept alive as long as this."""
+    def __init__(self, parts: Sequence[Float32Array], lengths: Sequence[int]) -> None:
+        """``parts`` hold whole prompts, one after the other."""
         self.lengths: NDArray[np.int64] = np.array(lengths, dtype=np.int64)
         """Tokens of each prompt, ``[n]``."""
-        self._held = held
         self._parts = parts
         self._where: list[tuple[int, int]] = []
         part, start = 0, 0
@@ -72,10 +72,21 @@ def token_activations(
 ) -> TokenActivations:
     """Activations of ``units`` at every token. Raises SequenceError, also when the disk is too small."""
     refuse_reader(subject)
-    cache, held = subject.cache, None
-    if cache.root is None:
-        held = tempfile.TemporaryDirectory(prefix="neuronguard-")
-        cache = Cache(Path(held.name))
+    if subject.cache.root is not None:
+        return _on_disk(subject, subject.cache, prompts, units, name)
+    folder = tempfile.mkdtemp(prefix="neuronguard-")
+    try:
+        found = _on_disk(subject, Cache(Path(folder)), prompts, units, name)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    weakref.finalize(found, shutil.rmtree, folder, ignore_errors=True)
+    return found
+
+
+def _on_disk(
+    subject: Subject, cache: Cache, prompts: Sequence[Tokens], units: Units, name: str
+) -> TokenActivations:
     width = subject.width(units)
     parts: list[Float32Array] = []
     for chunk in tqdm(chunks(prompts), f"every token ({name})", disable=not subject.progress):
@@ -93,7 +104,7 @@ def token_activations(
             if found is None:  # pragma: no cover  (it was just written)
                 raise SequenceError(f"{cache.root} does not keep what is written to it")
         parts.append(found)
-    return TokenActivations(parts, [len(prompt) for prompt in prompts], held)
+    return TokenActivations(parts, [len(prompt) for prompt in prompts])
 
 
 def outputs(

@@ -21,7 +21,7 @@ from guard.sequence import SequenceScorer
 from guard.sequence_loss import losses
 from guard.sequence_scores import TokenActivations
 
-EPOCHS = 8
+EPOCHS = 6
 LEAST_STEPS = 400
 """Few prompts are gone over more often than ``EPOCHS`` times."""
 BATCH = 128

@@ -21,7 +21,7 @@ from service.settings import PREFIX, Settings
 logger = logging.getLogger("neuronguard.gateway")
 
 _FIRST_PAUSE = 0.1
-_LONGEST_PAUSE = 5.0
+_LONGEST_PAUSE = 1.0
 # A busy API server may miss one status request; that must not turn away everybody.
 _MISSES_ALLOWED = 2
 

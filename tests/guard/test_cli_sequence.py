@@ -87,7 +87,7 @@ def test_a_sequence_probe_finds_what_stands_early_in_a_prompt(fitted: Path) -> N
     assert card.created["pooling"] == "softmax"
     compared = card.metrics["comparison"]
     assert set(compared) == {"probe", "last token, same units", "words (TF-IDF)"}
-    assert compared["probe"]["auroc"] > 0.95
+    assert compared["probe"]["auroc"] > 0.85
     assert compared["probe"]["auroc"] == pytest.approx(card.metrics["evaluation"]["all_harmful"]["auroc"])
     assert card.metrics["fit"]["folds"] == "sources"
     flagged = card.metrics["evaluation"]["all_benign"]["flagged"]["0.01"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -67,11 +68,21 @@ def test_activations_lie_on_disk_and_are_not_read_twice(
     assert found[2][:, 0] == pytest.approx(again.prompt(2).sum(axis=1), rel=1e-4, abs=1e-4)
 
 
-def test_without_a_cache_a_temporary_folder_holds_them(path: Path, units: Units) -> None:
+def test_without_a_cache_a_temporary_folder_holds_them(
+    path: Path, units: Units, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     subject = Subject(Checkpoint.open(path), Cache(None))
     found = token_activations(subject, PROMPTS, units)
     expected = read_every_token(subject.model, units, [PROMPTS[1]])[0].numpy()
     assert found.prompt(1) == pytest.approx(expected, abs=1e-5)
+    assert list(tmp_path.glob("neuronguard-*"))
+    del found
+    assert not list(tmp_path.glob("neuronguard-*"))
+    monkeypatch.setattr("guard.sequence_scores.read_every_token", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        token_activations(subject, PROMPTS, units)
+    assert not list(tmp_path.glob("neuronguard-*"))
 
 
 def test_another_probe_is_another_entry_of_the_cache(subject: Subject, units: Units) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -110,6 +111,25 @@ def watching(*script: EngineStatus | BackendError) -> EngineWatch:
     metrics = Metrics(CollectorRegistry())
     store = PolicyStore(None, metrics, needs_keys=False)
     return EngineWatch(backend, store, metrics, Settings(key_file=Path("k")))  # type: ignore[arg-type]
+
+
+async def test_an_engine_that_loads_for_long_is_still_asked_every_second(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waits: list[float] = []
+
+    def timeout(seconds: float) -> asyncio.Timeout:
+        waits.append(seconds)
+        if len(waits) == 30:
+            raise asyncio.CancelledError
+        return asyncio.timeout(0)
+
+    clock = SimpleNamespace(timeout=timeout, sleep=asyncio.sleep, Event=asyncio.Event)
+    monkeypatch.setattr("service.engine.asyncio", clock)
+    with pytest.raises(asyncio.CancelledError):
+        await watching(*[UnreachableError("away")] * 30).run()
+    assert waits == sorted(waits), "the first ones follow one another quickly"
+    assert (waits[0], waits[-1]) == (0.1, 1.0)
 
 
 async def test_one_missed_status_is_forgiven_three_are_not() -> None:

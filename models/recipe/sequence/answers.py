@@ -15,9 +15,9 @@ from models.recipe.detection.study import APART
 from models.recipe.sequence.guards import LAST, POOLINGS, VARIANT, Guards
 from models.recipe.sequence.protocol import rate
 
-MOST = 200
+MOST = 120
 """Answers of each class."""
-CALM = 600
+CALM = 400
 """Benign threshold prompts whose answers set the limits: enough for 1 %."""
 TOKENS = 40
 """Longest answers."""

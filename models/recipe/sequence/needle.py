@@ -24,7 +24,7 @@ from models.recipe.sequence.protocol import area, rate
 PLACES = ("first", "in the middle", "last")
 LENGTHS = (120, 470)
 """Tokens of the whole prompt, at most."""
-NEEDLES = 60
+NEEDLES = 40
 TURNS = 4
 """Turns of a user, of which the first one holds the needle."""
 REPLIES = ("Sure, here is an answer.", "I am glad to help with that.", "Of course.")

@@ -23,7 +23,7 @@ CHANGES = (
     "words before it",
     "a long harmless text before it",
 )
-MOST = 600
+MOST = 400
 """Requests that are reworded, of those that some guard flags."""
 
 
