@@ -1,9 +1,9 @@
-"""A guarded model in Ray Serve LLM: ``serve run deploy.ray.serve_guarded:app model=DIR bundle=DIR name=NAME``.
+"""A guarded model in Ray Serve LLM: ``serve run deploy.ray.serve_guarded:app model=DIR bundle=DIR …``.
 
-Ray's own ingress calls vLLM's classes and leaves its HTTP application out, and with it the guard's middleware;
-the engine then answers nobody. With direct streaming each replica serves vLLM's application itself, which has
-the middleware. So RAY_SERVE_ENABLE_HA_PROXY=1 and RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING=1 have to be in the
-environment of Ray, on every node: docs/guides/ray-serve.md
+Ray's own ingress calls vLLM's classes and leaves its HTTP application out, and with it the guard's
+middleware; the engine then answers nobody. With direct streaming each replica serves vLLM's application
+itself, which has the middleware. So RAY_SERVE_ENABLE_HA_PROXY=1 and RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING=1
+have to be in the environment of Ray, on every node: docs/guides/ray-serve.md
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import yaml
 
 
 def engine_kwargs(bundle: str) -> dict[str, Any]:
-    """What vLLM has to be told of the guard, as ``neuronguard bundle flags`` says it. Raises GuardStartupError."""
+    """What vLLM has to be told of the guard, as ``neuronguard bundle flags`` says it. Raises BundleError."""
     from guard.bundle import Bundle
     from guard.engine.config import GuardConfig
 
@@ -30,7 +30,7 @@ def engine_kwargs(bundle: str) -> dict[str, Any]:
 
 
 def app(arguments: dict[str, str]) -> Any:
-    """The application. Arguments: model, bundle, name and key_file, and vLLM's own flags as YAML under vllm."""
+    """Arguments: model, bundle, name, key_file, accelerator (cpu or gpu), and vllm: its flags as YAML."""
     from ray.serve.llm import LLMConfig, build_openai_app
     from ray.serve.llm import LLMServingArgs as Arguments
 

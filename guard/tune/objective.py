@@ -57,12 +57,13 @@ def token_nats(model: Any, input_ids: Tensor, keep: int) -> Tensor:
     """Minus log-probability of each of the last ``keep - 1`` tokens, float32 ``[rows, keep - 1]``."""
     logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=keep).logits[:, :-1].float()
     targets = input_ids[:, 1 - keep :]
-    return cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    nats: Tensor = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return nats.view_as(targets)
 
 
 def sft_loss(model: Any, batch: dict[str, Any]) -> Tensor:
     """Weighted mean of the answers' tokens, in nats."""
-    weights = batch["weights"][:, 1 - batch["keep"] :]
+    weights: Tensor = batch["weights"][:, 1 - batch["keep"] :]
     nats: Tensor = token_nats(model, batch["input_ids"], batch["keep"]) * weights
     return nats.sum() / weights.sum()
 

@@ -1,1 +1,1 @@
-"""Changes of a running deployment under load, one replica after another: docs/operations.md#rolling-changes"""
+"""Changes of a running deployment, one replica after another: docs/operations.md#rolling-changes."""

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 import httpx
 import openai
 
-PROBE_SECONDS = 0.3
 GUARDED = ("pass", "refuse")
 """Actions of an answer that the engine has judged, under policies that only refuse."""
 
@@ -48,10 +47,11 @@ class Report:
 class Load:
     """Clients in threads of their own."""
 
-    def __init__(self, gateways: Sequence[str], prompts: Prompts, pause: float) -> None:
+    def __init__(self, gateways: Sequence[str], prompts: Prompts, pause: float, probe: float) -> None:
         self._gateways = gateways
         self._prompts = prompts
         self._pause = pause
+        self._probe = probe
         self._ready: tuple[str, ...] = tuple(gateways)
         self._turn = itertools.count()
         self._lock = threading.Lock()
@@ -63,7 +63,7 @@ class Load:
     def probe(self) -> None:
         """What a load balancer does."""
         with httpx.Client(timeout=2.0) as client:
-            while not self._over.wait(PROBE_SECONDS):
+            while not self._over.wait(self._probe):
                 ready = []
                 for url in self._gateways:
                     with contextlib.suppress(httpx.HTTPError):
@@ -134,9 +134,15 @@ class Load:
 
 
 @contextlib.contextmanager
-def load(gateways: Sequence[str], prompts: Prompts, clients: int = 2, pause: float = 0.1) -> Iterator[Load]:
-    """Load while the block runs. The report is complete after it."""
-    found = Load(gateways, prompts, pause)
+def load(
+    gateways: Sequence[str], prompts: Prompts, *, clients: int = 2, pause: float = 0.1, probe: float = 0.3
+) -> Iterator[Load]:
+    """Load while the block runs. The report is complete after it.
+
+    ``pause`` and ``probe`` are seconds: between two questions of a client, and between two looks at whether
+    gateways are ready.
+    """
+    found = Load(gateways, prompts, pause, probe)
     threads = [threading.Thread(target=found.probe)]
     threads += [threading.Thread(target=found.run) for _ in range(clients)]
     for thread in threads:

@@ -9,9 +9,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 import httpx
 import yaml
@@ -20,8 +21,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from guard.sealed import Keyring
 from guard.verdict import STATUS_PATH, EngineStatus
 
-DRAIN_SECONDS = 1.0
-"""More than twice the interval at which the load asks gateways whether they are ready."""
 START_SECONDS = 300.0
 STOP_SECONDS = 90.0
 
@@ -43,10 +42,37 @@ Command = Callable[[Choice, Path, int], list[str]]
 """From a choice, the key file and a port to the command line of an engine."""
 
 
+class Child(Protocol):
+    """What is used of ``subprocess.Popen``."""
+
+    pid: int
+
+    def poll(self) -> int | None:
+        """The exit status, None while it runs."""
+
+    def send_signal(self, sig: int) -> None:
+        """To the process itself."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Raises subprocess.TimeoutExpired."""
+
+
+Start = Callable[[list[str], Mapping[str, str], Path], Child]
+"""Starts a command with further variables in its environment, in a process group of its own."""
+
+
+def popen(command: list[str], environment: Mapping[str, str], log: Path) -> Child:
+    """The ordinary ``Start``."""
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            command, env=os.environ | environment, stdout=file, stderr=file, start_new_session=True
+        )
+
+
 class Replica:
     """One process that listens on a port of its own."""
 
-    def __init__(self, name: str, path: str, folder: Path) -> None:
+    def __init__(self, name: str, path: str, folder: Path, start: Start = popen) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = int(free.getsockname()[1])
         self.name = name
@@ -54,14 +80,12 @@ class Replica:
         self._path = path
         self._log = folder / f"{name}.log"
         self.environment: dict[str, str] = {}
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Child | None = None
+        self._start = start
 
     def start(self, command: list[str]) -> None:
         """Start it; it is not waited for."""
-        with self._log.open("ab") as log:
-            self.process = subprocess.Popen(
-                command, env=os.environ | self.environment, stdout=log, stderr=log, start_new_session=True
-            )
+        self.process = self._start(command, self.environment, self._log)
 
     def wait_ready(self) -> None:
         """Until it says that it answers. Raises RollingError."""
@@ -73,7 +97,8 @@ class Replica:
                     if client.get(self.url + self._path).status_code == 200:
                         return
                 time.sleep(0.1)
-        raise RollingError(f"{self.name} is not ready (exit status {self.process.poll()}); see {self._log}")
+        said = self._log.read_text("utf-8", "replace")[-2000:]
+        raise RollingError(f"{self.name} is not ready (exit status {self.process.poll()}): {said}")
 
     def tell(self, number: signal.Signals) -> None:
         """Send a signal to the process itself, not to its children."""
@@ -200,23 +225,35 @@ def deployed(
     choice: Choice,
     keys: Keyring,
     policies: dict[str, object],
+    *,
     replicas: int = 2,
+    environment: Mapping[str, str] | None = None,
+    drain: float = 1.0,
+    interval: float = 0.5,
+    start: Start = popen,
 ) -> Iterator[Deployment]:
-    """Start everything and wait until it answers; nothing is left of it afterwards."""
+    """Start everything and wait until it answers; nothing is left of it afterwards.
+
+    ``environment`` is that of the engines, beside this process's own. ``drain`` and ``interval`` are seconds:
+    how long a gateway goes on after a stop signal, more than twice the time between two looks of the load at
+    ``/readyz``; and between two looks of gateways at engines and policies.
+    """
     deployment = Deployment(folder, command, choice, {})
     deployment.write_keys(keys)
     deployment.write_policies(**policies)
-    deployment.engines = [Replica(f"engine-{index}", STATUS_PATH, folder) for index in range(replicas)]
-    deployment.gateways = [Replica(f"gateway-{index}", "/readyz", folder) for index in range(replicas)]
+    deployment.engines = [Replica(f"engine-{i}", STATUS_PATH, folder, start) for i in range(replicas)]
+    deployment.gateways = [Replica(f"gateway-{i}", "/readyz", folder, start) for i in range(replicas)]
     engines = deployment.engines
+    for engine in engines:
+        engine.environment = dict(environment or {})
     for gateway in deployment.gateways:
         gateway.environment = {
             "NEURONGUARD_ENGINE_URL": ",".join(engine.url for engine in engines),
             "NEURONGUARD_KEY_FILE": str(deployment.key_file),
             "NEURONGUARD_POLICY_FILE": str(deployment.policy_file),
-            "NEURONGUARD_POLICY_INTERVAL": "0.3",
-            "NEURONGUARD_STATUS_INTERVAL": "0.5",
-            "NEURONGUARD_DRAIN_DELAY": str(DRAIN_SECONDS),
+            "NEURONGUARD_POLICY_INTERVAL": str(interval),
+            "NEURONGUARD_STATUS_INTERVAL": str(interval),
+            "NEURONGUARD_DRAIN_DELAY": str(drain),
             "NEURONGUARD_PORT": str(gateway.port),
             "NEURONGUARD_AUDIT_FILE": str(folder / f"{gateway.name}.jsonl"),
         }

@@ -103,6 +103,14 @@ def test_start_order_hangs_on_health(compose: dict[str, Any]) -> None:
     assert services["grafana"]["depends_on"] == {"prometheus": {"condition": "service_healthy"}}
 
 
+def test_a_stopped_engine_has_time_to_finish_its_answers(compose: dict[str, Any]) -> None:
+    for name in ("engine-cpu", "engine-gpu"):
+        service = compose["services"][name]
+        given = int(service["command"][service["command"].index("--shutdown-timeout") + 1])
+        assert service["stop_grace_period"] == "1m"
+        assert 30 <= given <= 55
+
+
 def test_profiles(compose: dict[str, Any]) -> None:
     profiles = {
         name: service["profiles"] for name, service in compose["services"].items() if "profiles" in service

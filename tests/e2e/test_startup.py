@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -228,7 +229,10 @@ def test_launcher_turns_an_unknown_vllm_away_in_one_sentence(monkeypatch, capsys
 
     monkeypatch.setattr(vllm, "__version__", "0.99.1")
     monkeypatch.setenv(AUDIENCE_ENV, "")
+    before = signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     assert launch.main(["--model", "/nowhere", "--bundle", "/nowhere"]) == 2
+    # Told to stop while it starts: that must not end it.
+    assert signal.signal(signal.SIGUSR1, before) == signal.SIG_IGN
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     assert "NEURONGUARD_UNTESTED_VLLM=0.99.1" in line
 

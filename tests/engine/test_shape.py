@@ -117,10 +117,24 @@ def test_operators_choose_for_requests_without_a_directive(flags, said):
 @pytest.mark.filterwarnings("ignore", "error:::guard")  # vLLM and its dependencies warn a lot
 @pytest.mark.parametrize("tails", [TAILS, ()])
 def test_the_status_says_whether_shapes_are_checked(tails):
+    assert a_readiness(tails).status.checks_shape == bool(tails)
+
+
+@pytest.mark.filterwarnings("ignore", "error:::guard")
+def test_an_engine_that_was_told_to_stop_is_never_ready_again():
+    readiness = a_readiness(())
+    readiness.set("stopping", "it will be stopped")
+    readiness.set("ready", "all self-test prompts matched")  # which were on their way
+    assert readiness.status.state == "stopping"
+    readiness.set("failed", "they did not match")
+    assert readiness.status.state == "failed"
+
+
+def a_readiness(tails):
     from guard.engine.readiness import Readiness
 
     model = SimpleNamespace(served_model_name="m", max_model_len=8)
     parallel = SimpleNamespace(data_parallel_size=1)
     client = SimpleNamespace(vllm_config=SimpleNamespace(model_config=model, parallel_config=parallel))
     config = GuardConfig(bundle="b", bundle_sha256="b" * 64, default=REFUSE_AT_HALF)
-    assert Readiness(client, config, card(prompt_tails=tails), "a").status.checks_shape == bool(tails)
+    return Readiness(client, config, card(prompt_tails=tails), "a")

@@ -35,18 +35,21 @@ def run(method: Method, model: Path, data: Path, out: Path, **changes: Any) -> d
     return load_file(out / ("ia3.safetensors" if method == "ia3" else WEIGHTS))
 
 
-def at_step(number: int, then: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the loss of step ``number``, counted from 1 over all runs, pass through ``then``."""
-    seen = 0
+def at_step(number: int, then: Any, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Have the loss of step ``number``, counted from 1 over all runs, pass through ``then``.
+
+    Gives the list that the losses are put into as they are computed.
+    """
+    seen: list[float] = []
     whole = objective.sft_loss
 
     def loss(model: Any, batch: Any) -> Tensor:
-        nonlocal seen
-        seen += 1
         value = whole(model, batch)
-        return then(value) if seen == number else value
+        seen.append(value.item())
+        return then(value) if len(seen) == number else value
 
     monkeypatch.setattr(trainer, "sft_loss", loss)
+    return seen
 
 
 @pytest.mark.parametrize("method", ["sn", "ia3", "freeze"])
@@ -58,11 +61,13 @@ def test_an_interrupted_run_ends_in_the_same_bits(
     def interrupt(_: Tensor) -> Tensor:
         raise InterruptedRunError
 
-    at_step(6, interrupt, monkeypatch)
+    computed = at_step(6, interrupt, monkeypatch)
     with pytest.raises(InterruptedRunError):
         run(method, model, data, tmp_path / "parts")
     assert not (tmp_path / "parts").exists()
     parts = run(method, model, data, tmp_path / "parts")
+    # Six steps up to the interruption, and the two behind the checkpoint at step four.
+    assert len(computed) == 6 + 2
     assert parts.keys() == whole.keys()
     assert all(torch.equal(parts[name], value) for name, value in whole.items())
     course = json.loads((tmp_path / "parts" / "tune.json").read_text())["course"]

@@ -32,11 +32,13 @@ def main() -> None:
     )
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of results/ and images/")
     parser.add_argument("--draws", type=int, default=Size.draws, help="random controls of a set of units")
+    parser.add_argument("--finished", action="store_true", help="train nothing; report what is measured")
     options = parser.parse_args()
     # Part of what makes a run repeatable.
     torch.set_num_threads(1)
     logging.disable_progress_bar()
-    found = Study(Material(options.data, options.lab, options.store, Size(draws=options.draws))).document()
+    material = Material(options.data, options.lab, options.store, Size(draws=options.draws))
+    found = Study(material, finished=options.finished).document()
     text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_whole(options.docs / "results" / "tune.json", lambda file: file.write(text.encode()))
     from models.recipe.tuning import figures, report

@@ -35,7 +35,7 @@ def picture(document: Figures) -> Figure:
         ]
         _panel(axes, models, rows)
         axes.set_title(f"from {start}")
-    panels[0].legend(fontsize=7, loc="lower left")
+    panels[1].legend(fontsize=7, loc="lower right")
     return figure
 
 

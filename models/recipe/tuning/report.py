@@ -27,7 +27,8 @@ def markdown(document: Figures) -> str:
         f"training is {size['steps']} steps of {size['batch']} rows, seed 0, one thread, in bfloat16 with "
         f"float32 weights. Answers are greedy, {size['new_tokens']} tokens. Prompts: {roles}. Intervals are "
         "95 % intervals, Wilson's for rates, by bootstrap over prompts or texts for the others. The models "
-        "have 7 million parameters and are instruments: nothing here says anything about a real model.",
+        "have 7 million parameters and are instruments: nothing here says anything about a real model. "
+        "Seconds are of a machine that did other work beside it.",
         FINDINGS.read_text("utf-8").strip(),
         f"![{PICTURE[1]}](../images/{PICTURE[0]})",
         "## Against the papers",
@@ -40,14 +41,21 @@ def markdown(document: Figures) -> str:
         f"*{starts[1]}* tuned on {size['downstream']} harmless requests with the answers of their sources, "
         "plainly (*down full*) and with units protected.",
         _models(document, [starts[1], *kept], "downstream"),
-        "## Made safe first, then tuned plainly",
-        _models(document, [n for n in models if n.endswith("then down")], "downstream"),
+        *_after(document),
         "## Against random units of the same layers and numbers",
         _controls(document),
         "## The units",
         _units(document),
     ]
+    if document["missing"]:
+        parts += ["## Planned and not measured", f"{'; '.join(document['missing'])}."]
     return "\n\n".join(parts) + "\n"
+
+
+def _after(document: Figures) -> Iterable[str]:
+    if names := [name for name in document["models"] if name.endswith("then down")]:
+        yield "## Made safe first, then tuned plainly"
+        yield _models(document, names, "downstream")
 
 
 def _rows(rows: Iterable[Sequence[Any]], *head: str) -> str:

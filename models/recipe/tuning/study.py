@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from guard.cache import Cache
 from guard.checkpoint import Checkpoint
 from guard.locate.causal import against
 from guard.locate.results import versions
@@ -56,9 +57,17 @@ CLAIMS = (
 class Study:
     """Everything that is measured, by the name of the cell or the lab model."""
 
-    def __init__(self, material: Material) -> None:
+    def __init__(self, material: Material, *, finished: bool = False) -> None:
+        """With ``finished``, what is not measured yet is left out and named."""
         self.material, self.measures = material, Measures(material)
-        self.cells = {cell.name: cell for cell in cells(material.size.draws)}
+        planned = {cell.name: cell for cell in cells(material.size.draws)}
+        kept = Cache(material.root)
+        self.cells = {
+            name: cell
+            for name, cell in planned.items()
+            if not finished or kept.texts("parts", ["measured", name]) is not None
+        }
+        self.missing = [name for name in planned if name not in self.cells]
 
     def measured(self, name: str) -> Measured:
         """What one model does; it is trained first if it must be."""
@@ -90,7 +99,8 @@ class Study:
             "units": {key: self._units(*key.split(" ")) for key in sorted(self._sets())},
             "models": {name: self._model(name) for name in names},
             "controls": {c.name: self._controls(c) for c in self.cells.values() if self._draws(c)},
-            "claims": [self._claim(*claim) for claim in CLAIMS],
+            "claims": [self._claim(*claim) for claim in CLAIMS if {claim.more, claim.less} <= set(names)],
+            "missing": self.missing,
         }
 
     def _sets(self) -> set[str]:

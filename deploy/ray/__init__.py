@@ -1,0 +1,1 @@
+"""The guard in Ray Serve LLM: docs/guides/ray-serve.md."""
