@@ -40,7 +40,7 @@ def make(folder: Path) -> tuple[Path, Path]:
 
 def run(name: str, model: Path, bundle: Path, folder: Path, rounds: int) -> dict[str, list[dict[str, float]]]:
     """All rounds of one layout: ``{"off": [figures], "on": [figures]}``, the same prompts in both."""
-    keys = folder / "keys"
+    keys = folder / f"{name}.keys"
     Keyring.generate().save(keys)
     logs = folder / name
     logs.mkdir()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -91,3 +91,24 @@ def test_page_compares_on_with_off_and_with_one_engine(tmp_path: Path) -> None:
     assert "| two replicas | 8.00 | 6.00 | 0.750 [0.750, 0.750] | 2.00 |" in page
     report.picture(layouts, tmp_path / "scale.png")
     assert (tmp_path / "scale.png").stat().st_size > 10_000
+
+
+def test_layouts_follow_one_another_in_one_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from loadtests.scale import __main__ as command
+
+    keys = []
+
+    @contextmanager
+    def running(layout: object, model: Path, bundle: Path, key_file: Path, logs: Path) -> Iterator[Any]:
+        keys.append(key_file.read_text())
+        yield {"off": "off", "on": "on"}
+
+    async def measured(server: str, round_: int) -> dict[str, float]:
+        return {"round": round_}
+
+    monkeypatch.setattr(command, "running", running)
+    monkeypatch.setattr(command, "measure", measured)
+    for name in ("one", "replicas"):
+        found = command.run(name, tmp_path, tmp_path, tmp_path, 2)
+        assert found == {way: [{"round": 0}, {"round": 1}] for way in ("off", "on")}
+    assert len(set(keys)) == 2
