@@ -211,6 +211,7 @@ async def test_a_status_sealed_with_a_shared_key_is_believed() -> None:
         EngineStatus.seal(a_status().model_dump_json().encode(), Keyring.generate()),
         EngineStatus.seal(a_status(audience="another").model_dump_json().encode(), KEYS),
     ],
+    ids=["none", "no seal", "another key", "another body"],
 )
 async def test_a_status_of_somebody_else_is_not_believed(seal: str | None) -> None:
     with pytest.raises(BrokenError, match="do both use the same key file"):
