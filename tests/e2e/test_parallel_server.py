@@ -145,7 +145,7 @@ def test_an_engine_core_that_is_killed_takes_its_server_along_and_nothing_is_ans
 
 
 async def killed_while_it_answers(parallel, safe):
-    """Streams and whole answers are under way on both ranks: each is whole, cut off or an error; none hangs."""
+    """Streams and whole answers are under way on both ranks: each is whole, cut off or an error."""
     core = servers.descendant(servers.server_process(parallel.engine), "VLLM::EngineCore_DP1")
     length = 500 - len(safe)
     long = {"max_tokens": length, "extra_body": {"min_tokens": length, "ignore_eos": True}}
@@ -169,7 +169,7 @@ async def killed_while_it_answers(parallel, safe):
         await asyncio.wait_for(begun.wait(), 60)
         os.kill(core, signal.SIGKILL)
         ended = await asyncio.wait_for(asyncio.gather(*under_way, return_exceptions=True), 120)
-    # Where vLLM still has the time to say so, what was under way ends with "abort": what it had passed, cut off.
+    # Where vLLM still has the time to say so, what was under way ends there with "abort".
     assert all(each in ("length", "abort") or isinstance(each, openai.APIError) for each in ended), ended
     for kind in (ended[::2], ended[1::2]):
         assert any(each != "length" for each in kind)
