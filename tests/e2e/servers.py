@@ -29,6 +29,8 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "HF_HUB_OFFLINE": "1",
 }
+SET_HERE = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_WORKER_MULTIPROC_METHOD")
+"""What in-process engines set in this process, the second by vLLM itself when it is imported."""
 API_KEYS = {name: f"sk-test-{name}" for name in ("message", "content_filter", "observe", "scored")}
 POLICIES = {
     "policies": {
@@ -62,8 +64,7 @@ def free_port() -> int:
 @contextlib.contextmanager
 def process(command: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A child in its own process group, which is gone afterwards."""
-    unset = {"VLLM_ENABLE_V1_MULTIPROCESSING"}  # set in this process for in-process engines
-    inherited = {k: v for k, v in os.environ.items() if k not in unset}
+    inherited = {k: v for k, v in os.environ.items() if k not in SET_HERE}
     with log.open("wb") as output:
         child = subprocess.Popen(
             command, env={**inherited, **environment}, stdout=output, stderr=output, start_new_session=True
