@@ -34,6 +34,10 @@ class RunnerV1:
         self.input_batch = SimpleNamespace(
             req_ids=[], num_computed_tokens_cpu=np.full(8, 77), num_prompt_tokens=np.full(8, 77)
         )
+        table = SimpleNamespace(
+            slot_mapping=SimpleNamespace(gpu=None), block_table=SimpleNamespace(gpu=None), block_size=16
+        )
+        self.input_batch.block_table = [table]
         self.query_start_loc = SimpleNamespace(np=np.full(9, 77, dtype=np.int32))
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: Any) -> tuple[Any, Any]:
