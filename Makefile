@@ -18,8 +18,8 @@ env:  ## make or complete the environment in .venv
 serve: env  ## start a guarded endpoint on HOST:PORT (127.0.0.1:8080)
 	@exec $(PY) -m guard.serve --host $(HOST) --port $(PORT) $(ARGS)
 
-test: env  ## run the whole suite, two files at a time
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 $(ARGS)
+test: env  ## run the whole suite; ARGS="-n 2 --dist loadfile" for two files at a time
+	OMP_NUM_THREADS=1 $(PY) -m pytest --durations=15 $(ARGS)
 
 fuzz: env  ## look for inputs that break the decoders, a minute each; needs the extra fuzz
 	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz $(ARGS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -35,6 +37,10 @@ def llm(bundle, tiny_model, key_file):
         selftest.run(llm, bundle.card.self_test.prompts)
         yield llm
         shut_down(llm)
+    # vLLM's lookup imports numba, and the next engine of this process stumbles over llvmlite's namespaces
+    # when it looks through all modules for its kernels.
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("llvmlite", "numba")]:
+        del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
