@@ -269,8 +269,11 @@ def test_an_api_server_that_is_killed_ends_what_it_was_answering_and_another_is_
             assert stream.headers["x-guard-action"] == "pass"
             parts = stream.iter_text()
             begun = next(parts)
+            # Answers are short: without this they could have ended before the server is killed.
+            os.kill(servers.descendant(child.pid, "VLLM::EngineCore"), signal.SIGSTOP)
             whole = aside.submit(doomed.ask, safe, "whole", **long)
-            wait_for(lambda: metric(doomed.engine, "vllm:num_requests_running") == 2)
+            wait_for(lambda: doomed.gateway.metric("guard_inflight_requests") == 2)
+            time.sleep(0.5)  # until it has reached the server
             child.kill()
             frames = (begun + "".join(parts)).removesuffix("\n\n").split("\n\n")
         assert "upstream_interrupted" in frames[-1]
