@@ -1,8 +1,9 @@
 """What faults of a real engine look like to a client: too small a pool, a hang, processes that are killed.
 
-One engine for nearly all of them, on a copy of the bundle, with few blocks and its worker in a process of its
-own. The tests run in their order: one ends it by its worker, and the next starts another one in its place, to
-end that by its API server. What comes of a killed engine core is in `test_parallel_server.py`.
+One engine for nearly all of them, on a copy of the bundle, with few blocks and its worker in a process of
+its own. The tests run in their order: one ends it by its worker, and the next two start others in its place
+and end these by their engine core and by their API server. `test_parallel_server.py` kills one of several
+engine cores.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import pytest
 from guard.bundle import ARRAY_FILE, Bundle, BundleError
 from guard.engine.config import GuardConfig
 from guard.engine.errors import GuardStartupError
+from guard.engine.forking import BIND_ENV, METHOD_ENV
 from guard.verdict import EngineStatus
 from service.app import create_app
 from service.settings import Settings
@@ -36,7 +38,8 @@ from tests.service.world import eventually
 
 BLOCKS = 40
 """Of 32 tokens: not even three requests of full length fit at one time."""
-FLAGS = ("--distributed-executor-backend", "mp", "--num-gpu-blocks-override", str(BLOCKS))
+APART = ("--distributed-executor-backend", "mp")
+"""The worker is a process of its own."""
 TEXTS = "/v1/completions"
 STAGES = ("stream", "backend")
 
@@ -72,9 +75,12 @@ class Doomed:
 
 
 @contextmanager
-def engine(model: Path, bundle: Path, key_file: Path, port: int, log: Path) -> Iterator[Popen[bytes]]:
-    command = servers.engine_command(model, bundle, key_file, "tiny", port, *FLAGS)
-    with servers.process(command, servers.ENVIRONMENT, log) as child:
+def engine(
+    model: Path, bundle: Path, key_file: Path, port: int, log: Path, *flags: str, **environment: str
+) -> Iterator[Popen[bytes]]:
+    flags = ("--num-gpu-blocks-override", str(BLOCKS), *flags)
+    command = servers.engine_command(model, bundle, key_file, "tiny", port, *flags)
+    with servers.process(command, servers.ENVIRONMENT | environment, log) as child:
         servers.wait_until(f"http://127.0.0.1:{port}/guard/status", child, log)
         yield child
 
@@ -88,10 +94,27 @@ def doomed(tiny_model, tiny_bundle_dir, key_file, tmp_path_factory):
     # Long ones, for busy machines, except for the verdict of a stream, which one test waits for in vain.
     times = {"verdict_timeout": "5", "answer_timeout": "200", "idle_timeout": "100", "status_timeout": "10"}
     with (
-        engine(tiny_model, bundle, key_file, port, log) as child,
+        engine(tiny_model, bundle, key_file, port, log, *APART) as child,
         gateway_process(folder, url, key_file, **times) as gateway,
     ):
         yield Doomed(url, child, bundle, gateway)
+
+
+@pytest.fixture
+def another(doomed, tiny_model, tiny_bundle_dir, key_file, tmp_path):
+    """Makes another engine on the port of the one that has been killed, which the gateway finds by itself."""
+
+    @contextmanager
+    def start(*flags: str) -> Iterator[Popen[bytes]]:
+        doomed.child.wait(60)
+        bundle = shutil.copytree(tiny_bundle_dir, tmp_path / "bundle")
+        port = int(doomed.engine.rpartition(":")[2])
+        log, forked = tmp_path / "engine.log", {METHOD_ENV: "fork", BIND_ENV: "nobind"}
+        with engine(tiny_model, bundle, key_file, port, log, *flags, **forked) as child:
+            doomed.until(200)
+            yield child
+
+    return start
 
 
 @pytest.fixture(scope="module")
@@ -212,46 +235,53 @@ def test_an_engine_core_that_hangs_is_a_504_and_answers_when_it_is_back(doomed, 
 
 
 def test_a_worker_that_is_killed_ends_its_streams_in_an_error_and_the_gateway_turns_others_away(doomed, safe):
-    worker = servers.descendant(doomed.child.pid, "VLLM::Worker")
+    kill_in_flight(doomed, safe, doomed.child, "Worker")
+
+
+def test_an_engine_core_that_is_killed_ends_its_streams_in_an_error_and_the_gateway_turns_others_away(
+    doomed, another, safe
+):
+    """The core of an engine whose one worker is no process of its own, which is vLLM's default."""
+    with another("--distributed-executor-backend", "uni") as child:
+        kill_in_flight(doomed, safe, child, "EngineCore")
+
+
+def kill_in_flight(doomed: Doomed, safe: list[int], server: Popen[bytes], name: str) -> None:
+    """Kill a process of the engine while it answers; its server then ends by itself."""
+    victim = servers.descendant(server.pid, f"VLLM::{name}")
     wish = {"stream": True, "max_tokens": 300, "min_tokens": 300, "ignore_eos": True}
     body = {"model": "tiny", "prompt": safe} | wish
-    headers, url = {"x-request-id": "killed"}, doomed.gateway.url + TEXTS
+    headers, url = {"x-request-id": f"killed-{name}"}, doomed.gateway.url + TEXTS
     with httpx.stream("POST", url, json=body, headers=headers, timeout=240) as stream:
         assert stream.headers["x-guard-action"] == "pass"
         parts = stream.iter_text()
         begun = next(parts)
-        os.kill(worker, signal.SIGKILL)
+        os.kill(victim, signal.SIGKILL)
         frames = (begun + "".join(parts)).removesuffix("\n\n").split("\n\n")
     assert any('"error"' in frame for frame in frames[-2:]), frames[-2:]
     assert len(frames) < 300
 
     deadline, dying = time.monotonic() + 60, 0
     while httpx.get(f"{doomed.gateway.url}/readyz", timeout=10).status_code == 200:
-        answer = doomed.ask(safe, f"dying-{dying}", stream=True)
+        answer = doomed.ask(safe, f"dying-{name}-{dying}", stream=True)
         assert answer.status_code in (502, 503, 504)
         assert "choices" not in answer.text
         assert time.monotonic() < deadline
         dying += 1
         time.sleep(0.2)
-    answer = doomed.ask(safe, "dead")
+    answer = doomed.ask(safe, f"dead-{name}")
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_not_ready")
     assert doomed.gateway.metric("guard_upstream_up") == 0
     assert doomed.gateway.metric("guard_bypass_total") == 0
-    lines = doomed.lines("killed", "dead", *(f"dying-{index}" for index in range(dying)))
+    names = (f"{what}-{name}" for what in ("killed", "dead"))
+    lines = doomed.lines(*names, *(f"dying-{name}-{index}" for index in range(dying)))
     assert [line["status"] for line in lines[:2]] == [200, 503]
     assert lines[0]["outcome"] == "interrupted"
+    server.wait(60)
 
 
-def test_an_api_server_that_is_killed_ends_what_it_was_answering_and_another_is_found(
-    doomed, safe, tiny_model, tiny_bundle_dir, key_file, tmp_path
-):
-    """Another engine on the same port, which the gateway finds by itself.
-
-    vLLM's engine core does not watch its server: what starts it has to end the whole process group.
-    """
-    doomed.child.wait(60)
-    bundle = shutil.copytree(tiny_bundle_dir, tmp_path / "bundle")
-    port = int(doomed.engine.rpartition(":")[2])
+def test_an_api_server_that_is_killed_ends_what_it_was_answering_and_another_is_found(doomed, another, safe):
+    """vLLM's engine core does not watch its server: what starts it has to end the whole process group."""
     long = {"max_tokens": 300, "min_tokens": 300, "ignore_eos": True}
     headers, url = {"x-request-id": "broken"}, doomed.gateway.url + TEXTS
 
@@ -259,22 +289,20 @@ def test_an_api_server_that_is_killed_ends_what_it_was_answering_and_another_is_
         return [doomed.gateway.metric("guard_errors_total", stage=s, outcome="closed") for s in STAGES]
 
     before = errors()
-    with (
-        engine(tiny_model, bundle, key_file, port, tmp_path / "engine.log") as child,
-        ThreadPoolExecutor(1) as aside,
-    ):
-        doomed.until(200)
+    with another(*APART) as child, ThreadPoolExecutor(1) as aside:
         body = {"model": "tiny", "prompt": safe, "stream": True} | long
         with httpx.stream("POST", url, json=body, headers=headers, timeout=240) as stream:
             assert stream.headers["x-guard-action"] == "pass"
             parts = stream.iter_text()
             begun = next(parts)
             # Answers are short: without this they could have ended before the server is killed.
-            os.kill(servers.descendant(child.pid, "VLLM::EngineCore"), signal.SIGSTOP)
+            core = servers.descendant(child.pid, "VLLM::EngineCore")
+            os.kill(core, signal.SIGSTOP)
             whole = aside.submit(doomed.ask, safe, "whole", **long)
             wait_for(lambda: doomed.gateway.metric("guard_inflight_requests") == 2)
             time.sleep(0.5)  # until it has reached the server
             child.kill()
+            os.kill(core, signal.SIGCONT)
             frames = (begun + "".join(parts)).removesuffix("\n\n").split("\n\n")
         assert "upstream_interrupted" in frames[-1]
         assert len(frames) < 300
