@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +10,24 @@ import pytest
 from models.recipe.tuning import figures, report
 from models.recipe.tuning.cells import CONTROLLED, cells
 from models.recipe.tuning.material import ALIGNED, SFT
-
-RESULTS = Path(__file__).parents[2] / "docs" / "results"
+from tests.models import shipped
 
 
 @pytest.fixture(scope="module")
 def document() -> Any:
-    return json.loads((RESULTS / "tune.json").read_text("utf-8"))
+    return shipped.document("tune")
 
 
 def test_the_report_is_that_of_the_figures_beside_it(document: Any) -> None:
-    assert report.markdown(document) == (RESULTS / "tune.md").read_text("utf-8")
+    assert report.markdown(document) == shipped.report("tune")
 
 
-def test_the_picture_is_drawn_from_the_figures_and_the_report_shows_it(document: Any, tmp_path: Path) -> None:
-    figures.draw(document, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [figures.PICTURE[0]]
-    assert f"(../images/{figures.PICTURE[0]})" in (RESULTS / "tune.md").read_text("utf-8")
-    assert (RESULTS.parent / "images" / figures.PICTURE[0]).is_file()
+def test_the_picture_is_drawn_from_the_figures_and_the_report_shows_it(tmp_path: Path) -> None:
+    shipped.assert_pictures_are_shown("tune", figures.draw, tmp_path, {figures.PICTURE[0]})
 
 
 def test_results_hold_figures_and_no_prompt(document: Any) -> None:
-    def texts(value: Any) -> Iterator[str]:
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, dict | list):
-            for each in value.values() if isinstance(value, dict) else value:
-                yield from texts(each)
-
-    assert max(map(len, texts(document))) < 100
+    assert shipped.longest_text(document) < 100
     assert document["prompts"]["harmful"]["prompts"] >= 200
 
 
@@ -49,7 +36,7 @@ def test_every_cell_was_measured_or_is_said_not_to_have_been(document: Any) -> N
     assert {*document["models"], *document["missing"]} == {SFT, ALIGNED, *(cell.name for cell in planned)}
     assert not document["models"].keys() & set(document["missing"])
     assert document["controls"].keys() <= set(CONTROLLED)
-    text = (RESULTS / "tune.md").read_text("utf-8")
+    text = shipped.report("tune")
     assert all(name in text for name in document["missing"])
 
 
