@@ -92,8 +92,8 @@ RUN apt-get update && apt-get install --yes --no-install-recommends libnuma1 && 
     rm -rf /var/lib/apt/lists/* /var/log/* /var/cache/debconf/*
 COPY --from=engine-cpu-build /opt/venv /opt/venv
 COPY --from=engine-cpu-build /opt/neuronguard /opt/neuronguard
-# As in guard/serve/plan.py: no thread is tied to a core, and nothing is sent anywhere.
-ENV VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1 \
+# As in guard/serve/plan.py: no thread is tied to a core, processes are forked, and nothing is sent anywhere.
+ENV VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_WORKER_MULTIPROC_METHOD=fork VLLM_CPU_KVCACHE_SPACE=1 \
     VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 HF_HUB_OFFLINE=1 NUMBA_CACHE_DIR=/tmp/numba
 USER 10001:10001
 EXPOSE 8000

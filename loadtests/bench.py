@@ -196,7 +196,7 @@ def main(
                 (out / "sequence-cost.json").write_text(text + "\n")
                 (out / "sequence-cost.md").write_text(sequence_cost.table(costs))
 
-            costs = sequence_cost.measure(Path(folder) / "sequence", out, pairs // 2, keep_sequence)
+            costs = sequence_cost.measure(Path(folder) / "sequence", out, pairs, keep_sequence)
             click.echo(sequence_cost.table(costs))
         if part in ("all", "grid"):
             found: dict[str, Any] = {"models": {}, "seconds": grid_seconds, "machine": machine()}

@@ -1,8 +1,7 @@
 """``loadtests.child`` with patches: a guarded engine whose requests may each name the patch they run under.
 
 A command is ``{"prompts": [[…]], "max_tokens": 24, "guard": true, "patches": ["stored", null, …]}``; without
-``patches`` nobody is patched. With ``"watched": true`` all answers are watched as they grow, and none is
-stopped. The answer tells the seconds until every request has its first token
+``patches`` nobody is patched. The answer tells the seconds until every request has its first token
 (``first``) and those of the decode steps after that (``decode``), by process CPU time, and ``wall_first`` and
 ``wall_decode``.
 """
@@ -18,13 +17,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from guard.monitor import Monitor
 from guard.sealed import Keyring
 from guard.verdict import Decision, Directive, Rule, Verdict
 
 AUDIENCE = "bench"
-OUT_OF_REACH = 1e9
-"""A limit of the monitor that no score reaches."""
 
 
 def main() -> None:
@@ -45,8 +41,7 @@ def main() -> None:
             command = json.loads(line)
             (switch.on if command["guard"] else switch.off)()
             names = command["patches"] or [None] * len(command["prompts"])
-            watched = command.get("watched", False)
-            found = measure(llm, keys, command["prompts"], names, command["max_tokens"], watched)
+            found = measure(llm, keys, command["prompts"], names, command["max_tokens"])
             answers.write(json.dumps(found) + "\n")
             answers.flush()
 
@@ -60,32 +55,26 @@ def _keys(path: Path) -> Keyring:
     return keys
 
 
-def parameters(keys: Keyring, patch: str | None, max_tokens: int, watched: bool = False) -> Any:
-    """Greedy, of fixed length; with a directive that has the request patched or its answer watched."""
+def parameters(keys: Keyring, patch: str | None, max_tokens: int) -> Any:
+    """Greedy, of fixed length; with a directive that has the request patched, if there is a name."""
     from vllm import SamplingParams
 
     from guard.engine.config import EXTRA_ARG
 
     extra = None
-    if patch is not None or watched:
-        rules = () if patch is None else (Rule(above=0.0, action="patch", patch=patch, still_unsafe="pass"),)
-        monitor = Monitor(logit=OUT_OF_REACH) if watched else None
-        decision = Decision(policy="bench", rules=rules, monitor=monitor)
+    if patch is not None:
+        rule = Rule(above=0.0, action="patch", patch=patch, still_unsafe="pass")
+        decision = Decision(policy="bench", rules=(rule,))
         extra = {EXTRA_ARG: Directive.issue(decision, audience=AUDIENCE, body=b"").seal(keys)}
     return SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, extra_args=extra)
 
 
 def measure(
-    llm: Any,
-    keys: Keyring,
-    prompts: list[list[int]],
-    names: list[str | None],
-    max_tokens: int,
-    watched: bool = False,
+    llm: Any, keys: Keyring, prompts: list[list[int]], names: list[str | None], max_tokens: int
 ) -> dict[str, float]:
     """Run one batch to its end. Raises RuntimeError when a request was not answered as it was to be."""
     engine = llm.llm_engine
-    parts = [parameters(keys, name, max_tokens, watched) for name in names]
+    parts = [parameters(keys, name, max_tokens) for name in names]
     wall, cpu = time.perf_counter(), time.process_time()
     for index, (prompt, params) in enumerate(zip(prompts, parts, strict=True)):
         engine.add_request(f"{wall}-{index}", {"prompt_token_ids": prompt}, params)

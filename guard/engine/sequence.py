@@ -107,12 +107,12 @@ class SequenceTaps:
         self._table = torch.full((slots, self._sum.shape[1]), torch.nan, device=self._device)
 
     def _install(self, site: LocalSite, out: Tensor, probe: SequenceScorer) -> SequenceTap:
-        weight = torch.from_numpy(probe.weight[:, site.positions].T.copy())
+        weight = torch.from_numpy(probe.weight[:, site.positions].copy("C"))
         columns = torch.tensor(site.columns)
         if 2 * len(site.columns) >= site.width:
             # Picking most of the columns out costs more than weighing the others by nothing.
-            dense = torch.zeros((site.width, weight.shape[1]))
-            dense[columns] = weight
+            dense = torch.zeros((len(weight), site.width))
+            dense[:, columns] = weight
             weight, columns = dense, columns[:0]
         tap = SequenceTap(columns.to(self._device), weight.to(self._device), out, site.width)
         setattr(site.module, TAP, tap)

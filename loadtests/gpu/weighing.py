@@ -27,7 +27,7 @@ def weigh(x: Tensor, columns: Tensor, weight: Tensor, out: Tensor) -> None:
 def wanted(x: Tensor, columns: Tensor, weight: Tensor) -> Tensor:
     """The same in float64 on the host."""
     rows = x.reshape(-1, x.shape[-1]).double().cpu()
-    return (rows[:, columns.cpu()] if len(columns) else rows) @ weight.double().cpu()
+    return (rows[:, columns.cpu()] if len(columns) else rows) @ weight.double().cpu().t()
 
 
 def products(recorder: Recorder) -> None:
@@ -35,7 +35,7 @@ def products(recorder: Recorder) -> None:
     worst = 0.0
     for dtype, tokens, columns, channels in itertools.product(DTYPES, TOKENS, (0, 41), (1, 4)):
         chosen = torch.randperm(WIDTH, device=recorder.device)[:columns]
-        weight = torch.randn(columns or WIDTH, channels, device=recorder.device)
+        weight = torch.randn(channels, columns or WIDTH, device=recorder.device)
         for layout in ("contiguous", "every second column", "a leading dimension"):
             x = layer_input(tokens, WIDTH, dtype, recorder.device, layout)
             out = torch.full((MOST, channels), UNTOUCHED, device=recorder.device)
@@ -52,7 +52,7 @@ def graph(recorder: Recorder) -> None:
     """Captured once and replayed with other contents."""
     for dtype, tokens, columns in itertools.product(DTYPES, (1, 64, 8192), (0, 41)):
         chosen = torch.randperm(WIDTH, device="cuda")[:columns]
-        weight = torch.randn(columns or WIDTH, 4, device="cuda")
+        weight = torch.randn(4, columns or WIDTH, device="cuda")
         x = layer_input(tokens, WIDTH, dtype, "cuda", "contiguous")
         out = torch.zeros(MOST, 4, device="cuda")
         stream = torch.cuda.Stream()
