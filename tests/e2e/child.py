@@ -1,4 +1,4 @@
-"""An offline engine in its own process, plain or guarded: ``python -m tests.e2e.child JOB.json RESULT.json``.
+"""An offline engine in its own process, plain or guarded.
 
 For what cannot be had twice in one process: plain vLLM beside ours, torch.compile, several ranks.
 """
@@ -6,14 +6,15 @@ For what cannot be had twice in one process: plain vLLM beside ours, torch.compi
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+SECONDS = 600
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.e2e.preloaded"])
 
 
 @dataclass(frozen=True)
@@ -45,36 +46,38 @@ def run(
 
     With ``patch``, all of them are patched instead.
     """
-    job, result = folder / f"{name}.json", folder / f"{name}-result.json"
-    job.write_text(
-        json.dumps(
-            {
-                "model": str(model),
-                "bundle": bundle and str(bundle),
-                "mode": mode,
-                "patch": patch,
-                "options": options or {},
-                "prompts": prompts,
-                "max_tokens": max_tokens,
-                "rounds": rounds,
-            }
-        )
-    )
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.e2e.child", str(job), str(result)],
-        cwd=ROOT,
-        env={**os.environ, **(environment or {})},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    result, log = folder / f"{name}-result.json", folder / f"{name}.log"
+    job = {
+        "model": str(model),
+        "bundle": bundle and str(bundle),
+        "mode": mode,
+        "patch": patch,
+        "options": options or {},
+        "prompts": prompts,
+        "max_tokens": max_tokens,
+        "rounds": rounds,
+    }
+    process = FORKS.Process(target=begin, args=(job, result, log, {**os.environ, **(environment or {})}))
+    process.start()
+    process.join(SECONDS)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    assert process.exitcode == 0, f"{process.exitcode}: {log.read_text()[-3000:]}"
     return Result(**json.loads(result.read_text()))
 
 
+def begin(job: dict[str, Any], result: Path, log: Path, environment: dict[str, str]) -> None:
+    """The child's side; what it prints is in ``log``."""
+    with log.open("wb") as printed:
+        os.dup2(printed.fileno(), 1)
+        os.dup2(printed.fileno(), 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    result.write_text(json.dumps(work(job)))
+
+
 def work(job: dict[str, Any]) -> dict[str, Any]:
-    """The child's side."""
     from tests.e2e.inprocess import ENGINE, SETTINGS, answer, guarded, shut_down
 
     os.environ.update(SETTINGS)
@@ -114,8 +117,3 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
             facts[metric.name] = metric.value
     shut_down(llm)
     return result
-
-
-if __name__ == "__main__":
-    source, target = sys.argv[1:]
-    Path(target).write_text(json.dumps(work(json.loads(Path(source).read_text()))))

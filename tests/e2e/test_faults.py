@@ -26,7 +26,6 @@ import pytest
 from guard.bundle import ARRAY_FILE, Bundle, BundleError
 from guard.engine.config import GuardConfig
 from guard.engine.errors import GuardStartupError
-from guard.engine.forking import BIND_ENV, METHOD_ENV
 from guard.verdict import EngineStatus
 from service.app import create_app
 from service.settings import Settings
@@ -109,8 +108,8 @@ def another(doomed, tiny_model, tiny_bundle_dir, key_file, tmp_path):
         doomed.child.wait(60)
         bundle = shutil.copytree(tiny_bundle_dir, tmp_path / "bundle")
         port = int(doomed.engine.rpartition(":")[2])
-        log, forked = tmp_path / "engine.log", {METHOD_ENV: "fork", BIND_ENV: "nobind"}
-        with engine(tiny_model, bundle, key_file, port, log, *flags, **forked) as child:
+        log = tmp_path / "engine.log"
+        with engine(tiny_model, bundle, key_file, port, log, *flags, **servers.FORKED) as child:
             doomed.until(200)
             yield child
 

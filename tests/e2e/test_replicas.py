@@ -9,10 +9,9 @@ import httpx
 import openai
 import pytest
 
-from guard.engine.forking import BIND_ENV, METHOD_ENV
 from guard.verdict import DIRECTIVE_HEADER, Decision, Directive, EngineStatus, Rule
 from tests.e2e import servers
-from tests.e2e.servers import API_KEYS, ENVIRONMENT
+from tests.e2e.servers import API_KEYS, ENVIRONMENT, FORKED
 from tests.e2e.test_stack import metric
 
 AT_ONCE = 4
@@ -24,7 +23,7 @@ def second(tiny_model, shaped_bundle_dir, key_file, tmp_path_factory):
     """Another engine beside that of the whole session, and its process. Forked, for the sake of its start."""
     log, port = tmp_path_factory.mktemp("second") / "engine.log", servers.free_port()
     command = servers.engine_command(tiny_model, shaped_bundle_dir, key_file, "tiny", port)
-    environment = {**ENVIRONMENT, METHOD_ENV: "fork", BIND_ENV: "nobind"}
+    environment = {**ENVIRONMENT, **FORKED}
     with servers.process(command, environment, log) as child:
         servers.wait_until(f"http://127.0.0.1:{port}/guard/status", child, log)
         yield f"http://127.0.0.1:{port}", child

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ from guard.engine.config import EXTRA_ARG
 from guard.sealed import Keyring
 from guard.verdict import Directive
 from loadtests import grid, random_model, sequence_cost, stepwise_child
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM and its dependencies warn a lot
 
@@ -42,6 +46,12 @@ def test_throughput_is_that_of_a_batch_of_sixteen_and_of_its_steps():
     assert reading["plain_ms"] == {"prefill": 250.0, "decode": 200.0}
     table = sequence_cost.table({"pooling": {"ema": {"monitoring": slow, "monitoring, control": reading}}})
     assert "ema: monitoring | ≥ 0.97 | 0.500" in table
+
+
+def test_the_page_shows_the_figures_that_are_kept():
+    found = json.loads((RESULTS / "sequence-cost.json").read_text("utf-8"))
+    assert sequence_cost.table(found) in (RESULTS / "sequence-cost.md").read_text("utf-8")
+    assert found["pooling"].keys() == sequence_cost.POOLINGS.keys()
 
 
 class Engine:

@@ -165,8 +165,9 @@ def _cost(cost: Figures | None) -> Iterable[str]:
         yield "Not measured yet."
         return
     yield (
-        "Throughput, decoding speed and prefill time as a ratio to plain vLLM, paired runs side by side; "
-        "median and 95 % interval. *Control* is plain vLLM against itself."
+        "Ratios to plain vLLM on a 12 × 768 model: throughput of a batch of sixteen, and time of a decode "
+        "step and of prefill, from neighbouring steps of one engine; median and 95 % interval. *Control* is "
+        "plain vLLM against itself. More in [sequence-cost.md](sequence-cost.md)."
     )
     rows = [
         (kind, arm, *(_ratio(each[key]) for key in ("throughput", "decode", "prefill")))
@@ -175,7 +176,7 @@ def _cost(cost: Figures | None) -> Iterable[str]:
         for arm, each in arms.items()
         if isinstance(each, Mapping) and "throughput" in each
     ]
-    yield _table(rows, "probe", "what is on", "throughput", "decoding", "prefill time")
+    yield _table(rows, "probe", "what is on", "throughput", "decode step", "prefill")
 
 
 def _ratio(each: Figures) -> str:
