@@ -43,20 +43,23 @@ def main() -> None:
     torch.set_num_threads(1)
     study = Study(options.data, ROOT / "models" / "lab", cache_root() / "detection")
     if options.what == "timing":
-        found = timing.measure(study, seed=options.seed)
+        found = timing.measure(study, range(options.seed, options.seed + 3))
         _write(options.docs / "results" / "refusal-timing.json", found)
-        print(timing.summary(found))
+        _write_text(options.docs / "results" / "refusal-timing.md", timing.report(found))
         return
     measurement = Measurement(World.of(study), Sizes(seed=options.seed), options.store, progress=True)
     document = measurement.document()
     results = options.docs / "results"
     _write(results / "redteam.json", document)
-    write_whole(results / "redteam.md", lambda file: file.write(report.markdown(document).encode()))
+    _write_text(results / "redteam.md", report.markdown(document))
     figures.draw(document, options.docs / "images")
 
 
 def _write(path: Path, document: object) -> None:
-    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    _write_text(path, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
     write_whole(path, lambda file: file.write(text.encode()))
 
 

@@ -32,6 +32,14 @@ FEWEST = 200
 """Fewest pairs of a comparison."""
 MOST = 300
 
+ABOUT = """\
+Written by `python -m loadtests.redteam timing`; figures in [refusal-timing.json](refusal-timing.json). A
+client of the gateway times whole answers of one token on the lab guard. Two prompts of equally many tokens
+are sent one after the other: both refused, one for a high score and one for a low one; or both passed, one
+close to the threshold and one far below it. Every order of requests is drawn anew and has an engine of its
+own. Medians with 95 % bootstrap intervals; p by Wilcoxon's signed-rank test, one of as many tests as there
+are lines."""
+
 
 class Row(NamedTuple):
     """A test prompt, its length and its score."""
@@ -87,8 +95,8 @@ def difference(first: Sequence[float], second: Sequence[float]) -> dict[str, Any
     }
 
 
-def measure(study: Study, *, seed: int = 0) -> dict[str, Any]:
-    """Times against a guarded engine and a gateway that are started for it."""
+def measure(study: Study, seeds: Sequence[int]) -> dict[str, Any]:
+    """Times against a guarded engine and a gateway that are started for it, once for each order."""
     variant = VARIANTS[0]
     subject, bundle = study.subject(variant), study.bundle(variant)
     refuse_others(subject.checkpoint)
@@ -103,7 +111,13 @@ def measure(study: Study, *, seed: int = 0) -> dict[str, Any]:
     for each in compared:
         if len(each.pairs) < FEWEST:
             raise SystemExit(f"only {len(each.pairs)} pairs of '{each.first}', expected {FEWEST} at least")
-    with _stack(subject.checkpoint.path, study.lab / "bundle") as client:
+    return {
+        str(seed): _measure(subject.checkpoint.path, study.lab / "bundle", compared, seed) for seed in seeds
+    }
+
+
+def _measure(model: Path, bundle: Path, compared: Sequence[Comparison], seed: int) -> dict[str, Any]:
+    with _stack(model, bundle) as client:
         return {
             each.first + " / " + each.second: difference(*times)
             for each, times in zip(compared, _send(client, compared, seed), strict=True)
@@ -166,12 +180,22 @@ def _stack(model: Path, bundle: Path) -> Iterator[httpx.Client]:
         yield running.enter_context(httpx.Client(base_url=gateway, timeout=60.0))
 
 
-def summary(found: dict[str, Any]) -> str:
-    """A line a comparison."""
-    return "\n".join(
-        f"{name}: {each['pairs']} pairs, {each['first_ms']['median']:.1f} and "
-        f"{each['second_ms']['median']:.1f} ms, "
-        f"difference {Interval(**each['difference_ms'])} ms, the first is slower in "
-        f"{100 * each['first_slower']:.0f} %, p = {each['p']:.2g}"
-        for name, each in found.items()
-    )
+def report(found: dict[str, Any]) -> str:
+    """What ``measure`` found, as a page."""
+    lines = [
+        "# What the time of an answer tells of the score",
+        "",
+        ABOUT,
+        "",
+        "| prompts of a pair | order | pairs | median, ms | difference, ms | the first is slower | p |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for seed, comparisons in found.items():
+        for name, each in comparisons.items():
+            lines.append(
+                f"| {name} | {seed} | {each['pairs']} "
+                f"| {each['first_ms']['median']:.1f} / {each['second_ms']['median']:.1f} "
+                f"| {Interval(**each['difference_ms'])} | {100 * each['first_slower']:.0f} % "
+                f"| {each['p']:.2g} |"
+            )
+    return "\n".join(lines) + "\n"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 
-from loadtests.redteam.timing import Row, comparisons, difference, pairs
+from loadtests.redteam.timing import FEWEST, Row, comparisons, difference, pairs, report
 
 AT = 1.0
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 
 def rows(count: int, seed: int) -> list[Row]:
@@ -44,3 +47,13 @@ def test_a_delay_of_one_group_is_found_and_noise_is_not() -> None:
     assert slower["difference_ms"]["median"] == pytest.approx(2.0, abs=1.0)
     assert slower["first_slower"] > 0.6
     assert slower["pairs"] == 300
+
+
+def test_the_page_is_that_of_the_figures_beside_it_and_time_tells_nothing() -> None:
+    found = json.loads((RESULTS / "refusal-timing.json").read_text("utf-8"))
+    assert (RESULTS / "refusal-timing.md").read_text("utf-8") == report(found)
+    lines = [each for comparisons in found.values() for each in comparisons.values()]
+    assert len(lines) >= 6
+    assert all(each["pairs"] >= FEWEST for each in lines)
+    # The finding that the threat model rests on, at one in twenty for all tests together.
+    assert min(each["p"] for each in lines) > 0.05 / len(lines)
