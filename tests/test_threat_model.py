@@ -1,4 +1,4 @@
-"""What the threat model claims is shown by tests that exist."""
+"""What the threat model and the page on faults claim is shown by tests that exist."""
 
 import ast
 import re
@@ -8,11 +8,20 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "threat-model.md").read_text("utf-8")
-NAMED = sorted(set(re.findall(r"`(tests/[\w/]+\.py(?:::\w+)+)`", TEXT)))
+FAULTS = (ROOT / "docs" / "faults.md").read_text("utf-8")
+NAMED = sorted(
+    {
+        *re.findall(r"`(tests/[\w/]+\.py(?:::\w+)+)`", TEXT),
+        *(
+            f"tests/{name.removeprefix('tests/')}"
+            for name in re.findall(r"`(\w+/[\w/]+\.py(?:::\w+)*)`", FAULTS)
+        ),
+    }
+)
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_every_test_that_the_threat_model_names_is_there(name: str) -> None:
+def test_every_test_that_is_named_is_there(name: str) -> None:
     file, *path = name.split("::")
     body = ast.parse((ROOT / file).read_text("utf-8")).body
     for part in path:
