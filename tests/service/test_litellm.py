@@ -16,7 +16,8 @@ import openai
 import pytest
 
 from tests.e2e.servers import free_port, process, wait_until
-from tests.service.fake_engine import HARMFUL, Seen, whole
+from tests.service.fake_answers import End, whole
+from tests.service.fake_engine import HARMFUL, Seen
 from tests.service.world import Live, live, serving
 
 COMMAND = os.environ.get("NEURONGUARD_LITELLM")
@@ -59,10 +60,10 @@ class Model:
             message = await receive()
             raw, more = raw + message.get("body", b""), message.get("more_body", False)
         self.asked.append(json.loads(raw))
-        text = json.dumps(whole(self.asked[-1])).encode()
+        text = json.dumps(whole(self.asked[-1], [End()])).encode()
         kind = b"application/json"
         if self.asked[-1].get("stream"):
-            value = whole(self.asked[-1])
+            value = whole(self.asked[-1], [End()])
             choice = {"index": 0, "delta": {"role": "assistant", "content": "fine"}, "finish_reason": "stop"}
             text = f"data: {json.dumps(value | {'object': 'chat.completion.chunk', 'choices': [choice]})}\n\n"
             text, kind = (text + "data: [DONE]\n\n").encode(), b"text/event-stream"
