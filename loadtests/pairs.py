@@ -33,7 +33,8 @@ class Child:
         line = self._process.stdout.readline()
         if not line:
             raise SystemExit(f"an engine of the benchmark ended; see {self._log.name}")
-        return json.loads(line)
+        answer: dict[str, float] = json.loads(line)
+        return answer
 
     def wait_ready(self) -> dict[str, float]:
         """Return when the engine is up, with what it says of itself."""

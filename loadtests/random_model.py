@@ -72,7 +72,8 @@ class Reference:
 
     def features(self, prompt: list[int]) -> np.ndarray:
         """``[features]`` float32 in bundle order, at the final token."""
-        return self.features_of_all(prompt)[-1]
+        last: np.ndarray = self.features_of_all(prompt)[-1]
+        return last
 
     @torch.no_grad()
     def features_of_all(self, prompt: list[int]) -> np.ndarray:
@@ -98,9 +99,10 @@ class Reference:
             if site.kind == "mlp":
                 parts.append(values[:, list(site.units)])
             else:
-                heads = values.unflatten(1, (self.shape.heads, -1))
+                heads = values.reshape(len(values), self.shape.heads, -1)
                 parts.append(heads[:, list(site.units)].flatten(1))
-        return torch.cat(parts, 1).numpy()
+        read: np.ndarray = torch.cat(parts, 1).numpy()
+        return read
 
 
 def make_bundle(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 import numpy as np
@@ -54,8 +54,7 @@ class StepwiseChild(Child):
         command = {"what": what, "prompts": prompts, "cycles": cycles, "watched": watched}
         self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
-        answer: Any = self._answer()
-        return answer
+        return cast("Steps", self._answer())
 
 
 def make_bundle(folder: Path, model: Path, name: str) -> Path:

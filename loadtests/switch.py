@@ -34,10 +34,10 @@ class Switch:
             for layer in worker.model_runner.get_model().modules()
             if layer._forward_pre_hooks or layer._forward_hooks
         ]
-        self._runner = vars(worker.model_runner)
+        self._runner: dict[str, Any] = worker.model_runner.__dict__
         self._layout = {name: self._runner[name] for name in _LAYOUT_METHODS if name in self._runner}
-        self._plain = [(vars(worker), _behind(GuardWorker, worker)),
-                       (vars(scheduler), _behind(GuardMixin, scheduler))]  # fmt: skip
+        self._plain = [(worker.__dict__, _behind(GuardWorker, worker)),
+                       (scheduler.__dict__, _behind(GuardMixin, scheduler))]  # fmt: skip
 
     def off(self) -> None:
         """Plain vLLM from the next batch on."""

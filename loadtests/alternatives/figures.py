@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ def quantile(part: str, q: float) -> Statistic:
 
 def tokens_per_second(rows: Sequence[Row]) -> float:
     """Tokens of the answers in the busy part, over its wall-clock time."""
-    return sum(row["busy"]["tokens"] for row in rows) / sum(row["busy"]["wall"] for row in rows)
+    return float(sum(row["busy"]["tokens"] for row in rows) / sum(row["busy"]["wall"] for row in rows))
 
 
 def cpu_per_request(part: str, group: str | None = None) -> Statistic:
@@ -36,7 +37,7 @@ def cpu_per_request(part: str, group: str | None = None) -> Statistic:
 
 def peak_megabytes(rows: Sequence[Row]) -> float:
     """The largest sum over the processes of an alternative, at the end of any round."""
-    return max(sum(row["megabytes"].values()) for row in rows)
+    return float(max(sum(row["megabytes"].values()) for row in rows))
 
 
 FIGURES: dict[str, Statistic] = {
@@ -63,6 +64,16 @@ def interval(statistic: Callable[[Any], float], rounds: int, resamples: int = 10
     return {"value": value, "low": float(found.low), "high": float(found.high)}
 
 
+def _of_rounds(statistic: Statistic, rows: Sequence[Row], rounds: Sequence[int]) -> float:
+    return statistic([rows[number] for number in rounds])
+
+
+def _ratio_of_rounds(
+    statistic: Statistic, rows: Sequence[Row], against: Statistic, base: Sequence[Row], rounds: Sequence[int]
+) -> float:
+    return _of_rounds(statistic, rows, rounds) / _of_rounds(against, base, rounds)
+
+
 def figures(rows: list[Row], base: str) -> dict[str, dict[str, Any]]:
     """All figures of each alternative, and each over that of ``base`` in the same rounds."""
     by_name: dict[str, list[Row]] = {}
@@ -85,15 +96,14 @@ def figures(rows: list[Row], base: str) -> dict[str, dict[str, Any]]:
             "ratio": {},
         }
         for figure, statistic in FIGURES.items():
-            found[name][figure] = interval(lambda n, s=statistic, o=own: s([o[i] for i in n]), rounds)
+            found[name][figure] = interval(partial(_of_rounds, statistic, own), rounds)
             # A refusal is set against the time in which stock vLLM would have begun to answer.
             against = FIGURES[figure.replace("refusal", "first") if "refusal_p" in figure else figure]
             part = by_name[base]
             if figure == "cpu_ms_per_refusal":
                 against = FIGURES["cpu_ms_per_answer"]
             found[name]["ratio"][figure] = interval(
-                lambda n, s=statistic, o=own, a=against, b=part: s([o[i] for i in n]) / a([b[i] for i in n]),
-                rounds,
+                partial(_ratio_of_rounds, statistic, own, against, part), rounds
             )
     return found
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
 
 from guard.bundle import Bundle
 from guard.lab import resolve
@@ -36,7 +37,7 @@ def random_large(folder: Path) -> Subject:
     model = random_model.make_model(folder / "large", grid.MODELS[LARGE])
     file = model / "model.safetensors"
     weights = load_file(file)
-    letters = sorted(random_model.pre_tokenizers.ByteLevel.alphabet())
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     for row in range(len(weights["lm_head.weight"])):
         if row >= len(letters) or not (letters[row].isascii() and letters[row].isprintable()):
             weights["lm_head.weight"][row] = 0

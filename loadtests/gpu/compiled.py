@@ -23,6 +23,9 @@ ROWS, FEATURES = 37, 123
 class Tapped(nn.Module):
     """A small network with a tap in front of the second linear layer of each block."""
 
+    index: Tensor
+    features: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.up = nn.ModuleList(nn.Linear(HIDDEN, WIDTH) for _ in range(LAYERS))
@@ -65,7 +68,7 @@ def _check(recorder: Recorder, name: str, mode: str | None) -> int:
     torch.manual_seed(0)
     model = Tapped().to(recorder.device)
     compiled = torch.compile(model, mode=mode)
-    features: Tensor = model.features
+    features = model.features
     address, worst, copies, nothing_read = features.data_ptr(), 0.0, 0, 0
     for turn in range(6):
         tokens = 50 if turn < 4 else 20  # fewer than ROWS at the end

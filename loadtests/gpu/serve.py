@@ -69,8 +69,8 @@ class Counts:
             self.replays += 1
             return replay(graph)
 
-        ops.gather_rows = counted_rows
-        torch.cuda.CUDAGraph.replay = counted_replay  # type: ignore[method-assign]
+        ops.gather_rows = counted_rows  # type: ignore[assignment]
+        torch.cuda.CUDAGraph.replay = counted_replay  # type: ignore[method-assign, assignment]
 
     def watch(self, taps: Any) -> list[list[int]]:
         """A list that grows by [prompts ended, Python calls, graph replays] with every step."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,8 +35,11 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Hidden states ``[tokens, HIDDEN]``."""
-        x = x + self.self_attn.o_proj(torch.tanh(self.qkv(x)))
-        return x + self.mlp.down_proj(torch.nn.functional.silu(self.up(x)))
+        attention: Any = self.self_attn
+        mlp: Any = self.mlp
+        x = x + attention.o_proj(torch.tanh(self.qkv(x)))
+        out: Tensor = x + mlp.down_proj(torch.nn.functional.silu(self.up(x)))
+        return out
 
 
 class Toy(nn.Module):
@@ -49,7 +52,8 @@ class Toy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Hidden states ``[tokens, HIDDEN]``."""
-        for layer in self.model.layers:
+        model: Any = self.model
+        for layer in model.layers:
             x = layer(x)
         return x
 
@@ -102,7 +106,7 @@ def make_bundle() -> Bundle:
 def layout(rng: np.random.Generator, tokens: int, most: int, turn: int) -> Layout:
     """Up to ``most`` requests that share ``tokens`` rows; some end their prompts, some decode or go on."""
     n = int(rng.integers(1, min(most, tokens) + 1))
-    cuts = np.sort(rng.choice(np.arange(1, tokens), n - 1, replace=False)) if n > 1 else []
+    cuts = np.sort(rng.choice(np.arange(1, tokens), n - 1, replace=False))
     start = np.array([0, *cuts, tokens])
     computed = rng.integers(0, 50, n)
     prompt = computed + np.diff(start) + rng.integers(-3, 2, n)
@@ -137,8 +141,9 @@ def _ends(batch: Layout) -> list[tuple[str, int]]:
 def _features(model: Toy, x: Tensor) -> NDArray[np.float32]:
     seen: list[Tensor] = []
     handles = []
+    inner: Any = model.model
     for site in SITES:
-        layer = model.model.layers[site.layer]
+        layer = inner.layers[site.layer]
         module = layer.mlp.down_proj if site.kind == "mlp" else layer.self_attn.o_proj
         wide = 1 if site.kind == "mlp" else HEAD_DIM
         columns = [unit * wide + i for unit in site.units for i in range(wide)]

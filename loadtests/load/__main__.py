@@ -70,7 +70,7 @@ def measure(
         _, gateway = fleet.guarded(subject.model, bundle, "--no-enable-prefix-caching", served=policies())
         urls = {"off": stock, "observe": gateway, "enforce": gateway}
         server = guidellm.Server(stock, "none", "model", subject.model)
-        rate = None
+        rate: float | None = None
         for mode, url in urls.items():
             key = keys(mode)[0]
             if guide is not None:
@@ -88,10 +88,10 @@ def measure(
                         url, mode, keys(mode), of_kinds(prompts), users, seconds, pace, tokens=TOKENS
                     )
                     before = _cpu(fleet.groups, groups)
-                    ran = mix.run(locust, wish, folder, f"{mode}-{loop}")
+                    mixed = mix.run(locust, wish, folder, f"{mode}-{loop}")
                     spent = _cpu(fleet.groups, groups) - before
-                    found["mix"][mode][loop] = ran
-                    found["cpu_ms_per_request"][f"{mode}, {loop}"] = 1e3 * spent / ran["all"]["requests"]
+                    found["mix"][mode][loop] = mixed
+                    found["cpu_ms_per_request"][f"{mode}, {loop}"] = 1e3 * spent / mixed["all"]["requests"]
     return found
 
 

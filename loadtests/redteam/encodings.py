@@ -13,7 +13,8 @@ _TWINS = {
     **dict(zip("aceopxyijs", "асеорхуіјѕ", strict=True)),
     **dict(zip("ABEHIKMNOPTXYZ", "ΑΒΕΗΙΚΜΝΟΡΤΧΥΖ", strict=True)),
 }
-_BACK = {twin: letter for letter, twin in _TWINS.items()}
+_TO_TWINS = {ord(letter): twin for letter, twin in _TWINS.items()}
+_FROM_TWINS = {ord(twin): letter for letter, twin in _TWINS.items()}
 ZERO_WIDTH = "\u200b"
 
 
@@ -51,8 +52,8 @@ ENCODINGS: Mapping[str, Encoding] = {
         Encoding("leetspeak", lambda text: text.lower().translate(_LEET), None),
         Encoding(
             "homoglyphs",
-            lambda text: text.translate(str.maketrans(_TWINS)),
-            lambda text: text.translate(str.maketrans(_BACK)),
+            lambda text: text.translate(_TO_TWINS),
+            lambda text: text.translate(_FROM_TWINS),
         ),
         Encoding("zero-width characters", ZERO_WIDTH.join, lambda text: text.replace(ZERO_WIDTH, "")),
         Encoding("letter by letter", _spelled, _unspelled),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,10 @@ class Measurement:
         attacks: dict[str, Any] = {}
         attacks["none"] = self._part("none", lambda: self._unattacked(asked))
         for attack in TEST:
-            attacks[attack.name] = self._part(attack.name, lambda a=attack: self._ask(a, asked, refitted))
+            attacks[attack.name] = self._part(attack.name, partial(self._ask, attack, asked, refitted))
         last: list[str] = []
         for name, (method, settings) in searches(self.sizes).items():
-            found = self._part(name, lambda m=method, s=settings: self._search(m, s, asked, refitted))
+            found = self._part(name, partial(self._search, method, settings, asked, refitted))
             attacks[name] = found["counts"]
             last += found["suffixes"]
         return {

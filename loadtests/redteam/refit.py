@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from guard.capture import Float32Array
-from guard.fit_probes import Role
+from guard.fitting import Role
 from guard.probe import fit_probe
 from guard.scorer import Scorer
 from loadtests.redteam.attacks import FIT

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from guard.calibrate import cut
-from guard.fit_probes import Role
+from guard.fitting import Role
 from guard.resample import Bootstrap
 from guard.scorer import Float32Array, Scorer
 from loadtests.redteam.outcomes import Answers

@@ -57,8 +57,9 @@ def cells(grid: dict[str, Any], plain: dict[str, dict[str, float]]) -> list[Cell
             for batch, figures in sizes.items():
                 scale = 1e6 * plain[model][batch]
                 ratio, control = figures["prefill"], figures["prefill_control"]
-                added = [scale * (ratio[name] - 1) for name in ("median", "low", "high")]
-                found.append(Cell(model, int(units), int(batch), *added, scale * abs(control["median"] - 1)))
+                measured, low, high = (scale * (ratio[name] - 1) for name in ("median", "low", "high"))
+                noise = scale * abs(control["median"] - 1)
+                found.append(Cell(model, int(units), int(batch), measured, low, high, noise))
     return found
 
 

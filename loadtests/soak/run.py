@@ -67,7 +67,8 @@ async def rest(watch: Watch, within: float = 15.0) -> dict[str, float]:
 
     Memory may go on moving and is left out of the comparison.
     """
-    until, last, equal = time.monotonic() + within, {}, 0
+    last: dict[str, float] = {}
+    until, equal = time.monotonic() + within, 0
     while equal < SETTLED and time.monotonic() < until:
         await asyncio.sleep(0.3)
         now = await asyncio.to_thread(watch.sample)

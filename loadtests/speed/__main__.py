@@ -29,7 +29,7 @@ def page(document: dict[str, Any], images: str) -> str:
     """The whole page: findings, then every table."""
     where = document["facts"]
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
-    shape = next(iter(document["alternatives"]["subjects"].values()), {})
+    shape: dict[str, Any] = next(iter(document["alternatives"]["subjects"].values()), {})
     lines = [
         FINDINGS.read_text("utf-8").rstrip(),
         "",

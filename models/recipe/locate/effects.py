@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,7 @@ def patched(study: Study, pair: Pair, name: str) -> dict[str, Any]:
     found, (recipient, donor) = subjects(study, pair)[name], twins(study, pair)
     made = controls(study, found)
     cost = refusal_cost(study.checkpoint(RECIPIENT).load_tokenizer())
-    settings = {"new_tokens": study.size.new_tokens, "batch_tokens": BATCH}
+    settings: dict[str, Any] = {"new_tokens": study.size.new_tokens, "batch_tokens": BATCH}
     harmful, benign = tokens(study, "harmful"), tokens(study, "benign")
     measured = causal.measure(recipient, donor, harmful, found, made, cost, **settings)
     units = units_of(found, study.checkpoint(RECIPIENT).shape)
@@ -71,7 +72,7 @@ def removed(study: Study, pair: Pair, name: str) -> dict[str, Any]:
     made = controls(study, found)
     cost = refusal_cost(study.checkpoint(RECIPIENT).load_tokenizer())
     how: Any = "undifferentiated" if name == "heads" else None
-    settings = {"new_tokens": study.size.new_tokens, "batch_tokens": BATCH}
+    settings: dict[str, Any] = {"new_tokens": study.size.new_tokens, "batch_tokens": BATCH}
     measured = measure_removal(
         donor, other, tokens(study, "harmful"), found, made, cost, heads=how, **settings
     )
@@ -151,7 +152,5 @@ def checked(study: Study, pair: Pair) -> dict[str, dict[str, Any]]:
         found[kind] = {}
         for name in names:
             print(f"causal check: {pair.name}, {name}, {kind}", flush=True)
-            found[kind][name] = study.part(
-                [kind, pair.name, name], lambda check=check, name=name: check(study, pair, name)
-            )
+            found[kind][name] = study.part([kind, pair.name, name], partial(check, study, pair, name))
     return found

@@ -12,9 +12,9 @@ import numpy as np
 from guard.locate import capacity, contrast, heads, importance
 from guard.locate.compare import Comparison, compare
 from guard.locate.unit_set import UnitSet, top
-from models.recipe.corpus import Label
 from models.recipe.locate.prompts import dataset
 from models.recipe.locate.study import PAIRS, RECIPIENT, Pair, Study
+from models.recipe.sources import Label
 
 METHODS = ("contrast", "importance", "heads", "capacity")
 SAMPLES = ("first-0", "first-1", "first-2", "second-0")

@@ -99,7 +99,7 @@ def _both(
     study: Study,
 ) -> dict[str, Any]:
     """Share of prompts that are answered, not refused, before and after, both ways."""
-    settings = {"new_tokens": study.size.new_tokens, "batch_tokens": BATCH}
+    settings: dict[str, Any] = {"new_tokens": study.size.new_tokens, "batch_tokens": BATCH}
     found: dict[str, Any] = {}
     for name, prompts in (("harmful", harmful), ("benign", benign)):
         result = cross_patch(safety, useful, units, prompts, {"answered": cost}, **settings)

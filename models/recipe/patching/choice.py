@@ -31,7 +31,7 @@ def refused(lab: Lab, way: Way) -> float:
 
 def rankings(lab: Lab) -> dict[str, Any]:
     """Every ranking at small shares: harmful dev prompts refused, and the margin; the best by mean margin."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name in RANKINGS:
         ways = [Way("dynamic", name, share) for share in SMALL]
         found[name] = {
@@ -67,6 +67,6 @@ def layers(lab: Lab) -> dict[str, float]:
     """Harmful dev prompts refused with as many units out of some layers alone, ranked as in the paper."""
     last = lab.shape.layers - 1
     half = last // 2
-    parts = {f"{layer}": (layer,) for layer in range(last)}
+    parts: dict[str, tuple[int, ...]] = {f"{layer}": (layer,) for layer in range(last)}
     parts |= {f"0 to {half - 1}": tuple(range(half)), f"{half} to {last - 1}": tuple(range(half, last))}
     return {name: refused(lab, Way("dynamic", PAPER, SHARE, layers=part)) for name, part in parts.items()}

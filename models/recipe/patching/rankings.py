@@ -46,14 +46,16 @@ def _blocks(recipient: Any, donor: Any, texts: list[Text]) -> Scores:
     return gates.greedy_by_gradient(recipient, donor, texts, candidates, counts)
 
 
+def _first_gradient(recipient: Any, donor: Any, texts: list[Text]) -> Scores:
+    return gates.gradient(recipient, donor, texts, np.zeros(gates.table_shape(recipient)))[0]
+
+
 RANKINGS: dict[str, tuple[Callable[[Lab], dict[str, Any]], str]] = {
     PAPER: (partial(_change, positions="predicting"), "change score over the tokens that predict the answer"),
     "change, prompt": (partial(_change, positions="prompt"), "change score over all tokens of the prompt"),
     "change, last": (partial(_change, positions="prompt_last"), "change score at the prompt's last token"),
     "gradient": (
-        partial(
-            _gradient, find=lambda *given: gates.gradient(*given, np.zeros(gates.table_shape(given[0])))[0]
-        ),
+        partial(_gradient, find=_first_gradient),
         "attribution: gradient of the aligned answer × change, nothing patched yet",
     ),
     "path": (

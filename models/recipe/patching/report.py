@@ -80,7 +80,7 @@ def _rows(rows: Iterable[tuple[Any, ...]], *head: str) -> str:
 
 def _curve(pair: Figures, rows: Iterable[Figures]) -> str:
     ends = pair["ends"]
-    made = [("recipient", 0, _rate(ends["recipient"]["unsafe"]), "0")]
+    made: list[tuple[object, ...]] = [("recipient", 0, _rate(ends["recipient"]["unsafe"]), "0")]
     made += [
         (f"{100 * row['share']:g} %", row["units"], _rate(row["unsafe"]), _effect(row["effect"]))
         for row in rows

@@ -128,7 +128,7 @@ def _flips(found: Figures) -> str:
 
 
 def _longest(found: Figures) -> int:
-    return round(max(each["tokens"] for each in found["texts"].values()))
+    return round(max(float(each["tokens"]) for each in found["texts"].values()))
 
 
 def _needle(found: Figures) -> str:

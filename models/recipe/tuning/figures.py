@@ -58,8 +58,8 @@ def _panel(axes: Axes, models: Figures, rows: list[str]) -> None:
     for place, name in zip(places, rows, strict=True):
         for other, model in models.items():
             if other.startswith(f"{name} random "):
-                label = "harmful answered, random units" if first else None
-                axes.plot(100 * model["unsafe"]["rate"], place - 0.25, ".", color="0.5", label=label)
+                once = "harmful answered, random units" if first else None
+                axes.plot(100 * model["unsafe"]["rate"], place - 0.25, ".", color="0.5", label=once)
                 first = False
     axes.set_yticks(places, rows)
     axes.set(xlim=(-3, 103), xlabel="%")
