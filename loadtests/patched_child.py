@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from guard.sealed import Keyring
-from guard.verdict import Decision, Directive, Rule, Verdict
-
-AUDIENCE = "bench"
+from guard.verdict import Decision, Rule, Verdict
+from loadtests.orders import make_keys, parameters
 
 
 def main() -> None:
@@ -32,7 +31,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever vLLM prints is no answer
     with tempfile.TemporaryDirectory() as folder:
-        keys = _keys(Path(folder) / "keys")
+        keys = make_keys(Path(folder) / "keys")
         llm = child.make_engine(**json.loads(sys.argv[1]))
         switch = Switch(llm)
         answers.write(json.dumps({"ready": True}) + "\n")
@@ -46,27 +45,12 @@ def main() -> None:
             answers.flush()
 
 
-def _keys(path: Path) -> Keyring:
-    from guard.engine.config import AUDIENCE_ENV, KEY_FILE_ENV
-
-    keys = Keyring.generate()
-    keys.save(path)
-    os.environ.update({KEY_FILE_ENV: str(path), AUDIENCE_ENV: AUDIENCE})
-    return keys
-
-
-def parameters(keys: Keyring, patch: str | None, max_tokens: int) -> Any:
-    """Greedy, of fixed length; with a directive that has the request patched, if there is a name."""
-    from vllm import SamplingParams
-
-    from guard.engine.config import EXTRA_ARG
-
-    extra = None
-    if patch is not None:
-        rule = Rule(above=0.0, action="patch", patch=patch, still_unsafe="pass")
-        decision = Decision(policy="bench", rules=(rule,))
-        extra = {EXTRA_ARG: Directive.issue(decision, audience=AUDIENCE, body=b"").seal(keys)}
-    return SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, extra_args=extra)
+def decision(patch: str | None) -> Decision | None:
+    """What has a request patched; None leaves it as it is."""
+    if patch is None:
+        return None
+    rule = Rule(above=0.0, action="patch", patch=patch, still_unsafe="pass")
+    return Decision(policy="bench", rules=(rule,))
 
 
 def measure(
@@ -74,7 +58,7 @@ def measure(
 ) -> dict[str, float]:
     """Run one batch to its end. Raises RuntimeError when a request was not answered as it was to be."""
     engine = llm.llm_engine
-    parts = [parameters(keys, name, max_tokens) for name in names]
+    parts = [parameters(keys, decision(name), max_tokens) for name in names]
     wall, cpu = time.perf_counter(), time.process_time()
     for index, (prompt, params) in enumerate(zip(prompts, parts, strict=True)):
         engine.add_request(f"{wall}-{index}", {"prompt_token_ids": prompt}, params)

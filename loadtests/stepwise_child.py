@@ -6,7 +6,7 @@ changes little within a tenth of a second: comparing neighbours takes that out. 
 answers are watched as they grow, and none is stopped. The answer has, for each of ``WAYS``, the process CPU
 seconds of as many steps:
 
-- *prefill*: all prompts together, each in one step, once in each way;
+- *prefill*: as many equal shares of the prompts as there are cycles, each read in one step, in each way;
 - *decode*: all prompts are read guarded, and each decode step is made in the next way. What a plain step has
   not scored stays as it was in the table of scores, which is first filled with zeros, so that a monitor has
   numbers to pool.
@@ -25,11 +25,12 @@ from typing import Any
 
 from guard.monitor import Monitor
 from guard.sealed import Keyring
-from guard.verdict import Decision, Directive
+from guard.verdict import Decision
+from loadtests.orders import make_keys, parameters
 
-AUDIENCE = "bench"
 OUT_OF_REACH = 1e9
 """A limit of the monitor that no score reaches."""
+WATCHED = Decision(policy="bench", rules=(), monitor=Monitor(logit=OUT_OF_REACH))
 WAYS = ("plain", "guarded", "control")
 """``control``: plain once more."""
 
@@ -49,7 +50,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever vLLM prints is no answer
     with tempfile.TemporaryDirectory() as folder:
-        keys = _keys(Path(folder) / "keys")
+        keys = make_keys(Path(folder) / "keys")
         llm = child.make_engine(**json.loads(sys.argv[1]))
         llm.llm_engine.model_executor.driver_worker.worker.taps._table.zero_()
         run = Run(llm.llm_engine, Switch(llm), keys)
@@ -62,28 +63,6 @@ def main() -> None:
             llm.reset_prefix_cache()
             answers.write(json.dumps(found) + "\n")
             answers.flush()
-
-
-def _keys(path: Path) -> Keyring:
-    from guard.engine.config import AUDIENCE_ENV, KEY_FILE_ENV
-
-    keys = Keyring.generate()
-    keys.save(path)
-    os.environ.update({KEY_FILE_ENV: str(path), AUDIENCE_ENV: AUDIENCE})
-    return keys
-
-
-def parameters(keys: Keyring, max_tokens: int, watched: bool) -> Any:
-    """Greedy, of fixed length; with a directive that has the answer watched."""
-    from vllm import SamplingParams
-
-    from guard.engine.config import EXTRA_ARG
-
-    extra = None
-    if watched:
-        decision = Decision(policy="bench", rules=(), monitor=Monitor(logit=OUT_OF_REACH))
-        extra = {EXTRA_ARG: Directive.issue(decision, audience=AUDIENCE, body=b"").seal(keys)}
-    return SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, extra_args=extra)
 
 
 class Run:
@@ -128,7 +107,7 @@ class Run:
 
     def _add(self, prompts: list[list[int]], tokens: int, watched: bool) -> None:
         for prompt in prompts:
-            params = parameters(self._keys, tokens, watched)
+            params = parameters(self._keys, WATCHED if watched else None, tokens)
             self._engine.add_request(str(next(self._names)), {"prompt_token_ids": prompt}, params)
 
     def _timed(self) -> float:

@@ -29,7 +29,7 @@ METHODS = {
 }
 
 _COMMON = (
-    click.Option(["--model"], required=True, help="A local Hugging Face checkpoint, or LAB_DIR:VARIANT."),
+    options.MODEL,
     click.Option(
         ["--data"],
         multiple=True,

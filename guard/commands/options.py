@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 PATH = click.Path(path_type=Path)
 
-model = click.option("--model", required=True, help="A local Hugging Face checkpoint, or LAB_DIR:VARIANT.")
+_MODEL_HELP = "A local Hugging Face checkpoint, or LAB_DIR:VARIANT."
+MODEL = click.Option(["--model"], required=True, help=_MODEL_HELP)
+"""For commands that are made and not decorated."""
+model = click.option("--model", required=True, help=_MODEL_HELP)
 apart = click.option(
     "--apart", multiple=True, help="Benign evaluation source to report without pooling it; repeatable."
 )

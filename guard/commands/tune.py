@@ -14,7 +14,7 @@ import click
 from guard.commands import fields, options
 
 _COMMON = (
-    click.Option(["--model"], required=True, help="A local Hugging Face checkpoint, or LAB_DIR:VARIANT."),
+    options.MODEL,
     click.Option(
         ["--data"],
         multiple=True,

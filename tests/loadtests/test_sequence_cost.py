@@ -12,7 +12,7 @@ from guard.bundle import Bundle
 from guard.engine.config import EXTRA_ARG
 from guard.sealed import Keyring
 from guard.verdict import Directive
-from loadtests import grid, random_model, sequence_cost, stepwise_child
+from loadtests import grid, orders, random_model, sequence_cost, stepwise_child
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
@@ -108,15 +108,15 @@ def test_answers_grow_by_one_token_in_each_way_and_are_read_guarded(engine, run)
 
 
 def test_requests_that_do_not_end_when_they_should_are_an_error(engine, run):
-    engine.add_request("other", {"prompt_token_ids": [1]}, stepwise_child.parameters(None, 99, watched=False))
+    engine.add_request("other", {"prompt_token_ids": [1]}, orders.parameters(None, None, 99))
     with pytest.raises(RuntimeError, match="more steps"):
         run.decode([[1]], cycles=1, watched=False)
 
 
 def test_watched_answers_carry_an_order_that_never_stops_them():
     keys = Keyring.generate()
-    sealed = stepwise_child.parameters(keys, 4, watched=True).extra_args[EXTRA_ARG]
-    decision = Directive.open(sealed, keys, audience=stepwise_child.AUDIENCE).decision
+    sealed = orders.parameters(keys, stepwise_child.WATCHED, 4).extra_args[EXTRA_ARG]
+    decision = Directive.open(sealed, keys, audience=orders.AUDIENCE).decision
     assert decision.monitor.logit == stepwise_child.OUT_OF_REACH
     assert decision.rules == ()
-    assert stepwise_child.parameters(keys, 4, watched=False).extra_args is None
+    assert orders.parameters(keys, None, 4).extra_args is None
