@@ -124,7 +124,13 @@ def table(results: dict[str, Any]) -> str:
 
 
 @click.command(help=__doc__)
-@click.option("--pairs", default=40, show_default=True, help="batches a figure; each runs on both engines")
+@click.option(
+    "--pairs",
+    type=click.IntRange(min=4),
+    default=40,
+    show_default=True,
+    help="batches a figure; each runs on both engines",
+)
 @click.option(
     "--lab", default="models/lab:lab-partial", show_default=True, help="a second model: DIR or LAB:VARIANT"
 )
