@@ -39,7 +39,8 @@ def bundle(tiny_bundle, reference):
 def engine(bundle, tiny_model, key_file):
     """An engine in a process of its own.
 
-    vLLM's lookup imports numba, after which this process reads other last digits at every second look.
+    vLLM's lookup leaves two OpenMP threads where there was one (numba), and vLLM's CPU worker has made
+    ``torch.set_num_threads`` do nothing: fits of later tests would not repeat to the last digit.
     """
     directory = bundle.save(tiny_model.parent / "softmax-bundle")
     apart = multiprocessing.get_context("spawn")
