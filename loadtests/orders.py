@@ -1,8 +1,12 @@
-"""What a benchmark's in-process engine is told of single requests: its keys, and sealed decisions."""
+"""A benchmark's in-process engine that takes commands and sealed decisions for single requests."""
 
 from __future__ import annotations
 
+import json
 import os
+import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,25 @@ from guard.sealed import Keyring
 from guard.verdict import Decision, Directive
 
 AUDIENCE = "bench"
+Answer = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def serve(prepare: Callable[[Any, Keyring], Answer]) -> None:
+    """Make the engine that the command line describes, and answer commands until stdin ends.
+
+    ``prepare`` is given the ``LLM`` and its keys, and returns what answers a command.
+    """
+    # Sets what vLLM reads from the environment when it is imported.
+    from loadtests import child
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever vLLM prints is no answer
+    with tempfile.TemporaryDirectory() as folder:
+        keys = make_keys(Path(folder) / "keys")
+        answer = prepare(child.make_engine(**json.loads(sys.argv[1])), keys)
+        print(json.dumps({"ready": True}), file=answers, flush=True)
+        for line in sys.stdin:
+            print(json.dumps(answer(json.loads(line))), file=answers, flush=True)
 
 
 def make_keys(path: Path) -> Keyring:

@@ -8,41 +8,27 @@ A command is ``{"prompts": [[…]], "max_tokens": 24, "guard": true, "patches": 
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import tempfile
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from guard.sealed import Keyring
 from guard.verdict import Decision, Rule, Verdict
-from loadtests.orders import make_keys, parameters
+from loadtests.orders import Answer, parameters, serve
 
 
-def main() -> None:
-    """Serve commands until stdin ends."""
-    # Sets what vLLM reads from the environment when it is imported.
-    from loadtests import child
+def prepare(llm: Any, keys: Keyring) -> Answer:
+    """What answers a command."""
     from loadtests.switch import Switch
 
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever vLLM prints is no answer
-    with tempfile.TemporaryDirectory() as folder:
-        keys = make_keys(Path(folder) / "keys")
-        llm = child.make_engine(**json.loads(sys.argv[1]))
-        switch = Switch(llm)
-        answers.write(json.dumps({"ready": True}) + "\n")
-        answers.flush()
-        for line in sys.stdin:
-            command = json.loads(line)
-            (switch.on if command["guard"] else switch.off)()
-            names = command["patches"] or [None] * len(command["prompts"])
-            found = measure(llm, keys, command["prompts"], names, command["max_tokens"])
-            answers.write(json.dumps(found) + "\n")
-            answers.flush()
+    switch = Switch(llm)
+
+    def answer(command: dict[str, Any]) -> dict[str, Any]:
+        (switch.on if command["guard"] else switch.off)()
+        names = command["patches"] or [None] * len(command["prompts"])
+        return measure(llm, keys, command["prompts"], names, command["max_tokens"])
+
+    return answer
 
 
 def decision(patch: str | None) -> Decision | None:
@@ -96,4 +82,4 @@ def _patch_of(output: Any) -> str | None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(prepare)

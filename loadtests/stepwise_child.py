@@ -14,19 +14,15 @@ seconds of as many steps:
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from guard.monitor import Monitor
 from guard.sealed import Keyring
 from guard.verdict import Decision
-from loadtests.orders import make_keys, parameters
+from loadtests.orders import Answer, parameters, serve
 
 OUT_OF_REACH = 1e9
 """A limit of the monitor that no score reaches."""
@@ -41,28 +37,20 @@ def order(cycle: int) -> tuple[str, ...]:
     return WAYS[start:] + WAYS[:start]
 
 
-def main() -> None:
-    """Serve commands until stdin ends."""
-    # Sets what vLLM reads from the environment when it is imported.
-    from loadtests import child
+def prepare(llm: Any, keys: Keyring) -> Answer:
+    """What answers a command."""
     from loadtests.switch import Switch
 
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever vLLM prints is no answer
-    with tempfile.TemporaryDirectory() as folder:
-        keys = make_keys(Path(folder) / "keys")
-        llm = child.make_engine(**json.loads(sys.argv[1]))
-        llm.llm_engine.model_executor.driver_worker.worker.taps._table.zero_()
-        run = Run(llm.llm_engine, Switch(llm), keys)
-        answers.write(json.dumps({"ready": True}) + "\n")
-        answers.flush()
-        for line in sys.stdin:
-            command = json.loads(line)
-            what = {"prefill": run.prefill, "decode": run.decode}[command.pop("what")]
-            found = what(**command)
-            llm.reset_prefix_cache()
-            answers.write(json.dumps(found) + "\n")
-            answers.flush()
+    llm.llm_engine.model_executor.driver_worker.worker.taps._table.zero_()
+    run = Run(llm.llm_engine, Switch(llm), keys)
+
+    def answer(command: dict[str, Any]) -> dict[str, Any]:
+        what = {"prefill": run.prefill, "decode": run.decode}[command.pop("what")]
+        found = what(**command)
+        llm.reset_prefix_cache()
+        return found
+
+    return answer
 
 
 class Run:
@@ -122,4 +110,4 @@ class Run:
 
 
 if __name__ == "__main__":
-    main()
+    serve(prepare)
